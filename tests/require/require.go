@@ -1,0 +1,120 @@
+// Package require says what a test needs of the machine it runs on.
+//
+// A test that needs more than Go names it:
+//
+//	require.Has(t, "root", "kernel-erofs")
+//
+// Where something is missing the test is skipped, with the reason. Where the
+// environment variable EROFS_OCI_REQUIRE names the capability (a comma-separated
+// list, or "all") the test fails instead: continuous integration names all of
+// them, so nothing that it checks can be skipped in silence.
+package require
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// probes maps each capability to a function that says why it is missing.
+func probes() map[string]func() error {
+	return map[string]func() error{
+		"root":            root,
+		"fuse":            fuse,
+		"kernel-erofs":    kernelErofs,
+		"loop":            loop,
+		"userns":          userns,
+		"fusermount3":     program("fusermount3"),
+		"mkfs.erofs":      program("mkfs.erofs"),
+		"docker-registry": program("docker-registry"),
+		"setpriv":         program("setpriv"),
+		"unshare":         program("unshare"),
+	}
+}
+
+// Has skips the test, or fails it where EROFS_OCI_REQUIRE says so, unless the
+// machine has every one of the named capabilities.
+func Has(t testing.TB, capabilities ...string) {
+	t.Helper()
+	known := probes()
+	for _, c := range capabilities {
+		probe, ok := known[c]
+		if !ok {
+			t.Fatalf("require: unknown capability %q; known are %s", c, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+		}
+		err := probe()
+		if err == nil {
+			continue
+		}
+		if demanded(c) {
+			t.Fatalf("require: %s is missing and EROFS_OCI_REQUIRE demands it: %v", c, err)
+		}
+		t.Skipf("needs %s: %v", c, err)
+	}
+}
+
+func demanded(capability string) bool {
+	for name := range strings.SplitSeq(os.Getenv("EROFS_OCI_REQUIRE"), ",") {
+		if name = strings.TrimSpace(name); name == "all" || name == capability {
+			return true
+		}
+	}
+	return false
+}
+
+func root() error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("the test runs as uid %d", os.Geteuid())
+	}
+	return nil
+}
+
+func fuse() error {
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func kernelErofs() error {
+	known, err := os.ReadFile("/proc/filesystems")
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(strings.Fields(string(known)), "erofs") {
+		return fmt.Errorf("the kernel has no erofs")
+	}
+	return nil
+}
+
+func loop() error {
+	f, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// userns asks by trying: distributions forbid user namespaces in several ways.
+func userns() error {
+	cmd := exec.Command("true")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
+	}
+	return cmd.Run()
+}
+
+func program(name string) func() error {
+	return func() error {
+		_, err := exec.LookPath(name)
+		return err
+	}
+}
