@@ -1,0 +1,62 @@
+// Package backend is what every way of mounting an image has in common: the
+// interfaces that join a source of bytes to a mount, the options of mount(8),
+// the record of running mounts, and the start of a server in the background.
+//
+// It does not read images, speak to a registry or serve a request.
+//
+// A running mount is known to the other commands by two files in the run
+// directory ($XDG_RUNTIME_DIR/erofs-oci, /run/erofs-oci for root):
+//
+//	ID.lock   locked for as long as the server lives (an open file description
+//	          lock, so the kernel lets go of it however the server ends)
+//	ID.json   the Record; it holds no secret
+//	ID.log    what the server had to say; kept when the server died
+//
+// ID derives from the mount's directory, so that a directory has one mount of
+// ours at most.
+package backend
+
+import (
+	"context"
+	"log/slog"
+)
+
+// Source is a blob that can be read at random.
+type Source interface {
+	// ReadAt fills all of p from off, or returns a non-nil error; there is no
+	// short read. Calls may run in parallel. p is not kept after the call.
+	ReadAt(ctx context.Context, p []byte, off int64) error
+	Size() int64
+}
+
+// Volume is what is mounted: an image, and the extra devices of its device table.
+type Volume struct {
+	Primary Source
+	Devices []Source
+}
+
+// Options are what a user may say of a mount. The zero value mounts read-only
+// with the defaults of mount(8).
+type Options struct {
+	// Name is what df(1) and /proc/mounts show as the source.
+	Name  string
+	Flags MountOptions
+	// Log receives the reason of each error that a reader sees as an errno.
+	// Nil discards.
+	Log *slog.Logger
+}
+
+// Backend mounts volumes in one particular way.
+type Backend interface {
+	// Mount returns when target is usable. ctx bounds the mounting only.
+	Mount(ctx context.Context, v Volume, target string, o Options) (Mount, error)
+}
+
+// Mount is one mounted volume.
+type Mount interface {
+	// Wait returns when the mount has ended, whoever ended it.
+	Wait() error
+	// Unmount takes the mount away from its directory. A mount in use is
+	// detached: it ends with its last user, and no new one can come.
+	Unmount() error
+}

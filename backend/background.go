@@ -1,0 +1,141 @@
+package backend
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// reportEnv tells the program started in the background the descriptor on which
+// it reports to the one that started it.
+const reportEnv = "EROFS_OCI_REPORT_FD"
+
+// report is what the child says, once: that the mount is usable, or why not.
+type report struct {
+	Error string `json:"error,omitempty"`
+	Code  int    `json:"code,omitempty"`
+}
+
+// ChildError is what a program in the background failed with. Its text is the
+// child's, and Code the exit code that the child meant.
+type ChildError struct {
+	Text string
+	Code int
+}
+
+func (e *ChildError) Error() string { return e.Text }
+
+// StartInBackground runs this program again with the same arguments, in a
+// session of its own, and returns when it reports that it is ready or why it is
+// not. A cancelled ctx ends the child before that. The child reads stdin (nil:
+// nothing) through a pipe: a terminal would not answer another session.
+func StartInBackground(ctx context.Context, stdin io.Reader) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), reportEnv+"=3")
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.Stdin = stdin
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("start the server: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
+	defer stop()
+	var rep report
+	if err := json.NewDecoder(r).Decode(&rep); err != nil {
+		return diedEarly(cmd, err)
+	}
+	if rep.Error == "" {
+		return cmd.Process.Release()
+	}
+	// Its exit code is in the report; what counts is that it is gone.
+	_ = cmd.Wait()
+	return &ChildError{Text: rep.Error, Code: rep.Code}
+}
+
+// diedEarly makes an error of a child that ended without a report.
+func diedEarly(cmd *exec.Cmd, err error) error {
+	if !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("read its report: %w", err)
+		cmd.Process.Kill()
+	}
+	if wait := cmd.Wait(); wait != nil {
+		err = wait
+	}
+	return fmt.Errorf("the server ended before it was ready: %w", err)
+}
+
+// Child is the background's end of StartInBackground.
+type Child struct{ w *os.File }
+
+// AsChild returns the Child that this process is, or nil for a process that
+// nobody started in the background.
+func AsChild() (*Child, error) {
+	v, ok := os.LookupEnv(reportEnv)
+	if !ok {
+		return nil, nil
+	}
+	fd, err := strconv.Atoi(v)
+	if err != nil {
+		return nil, fmt.Errorf("%s=%q: %w", reportEnv, v, err)
+	}
+	unix.CloseOnExec(fd)
+	if err := os.Unsetenv(reportEnv); err != nil {
+		return nil, err
+	}
+	return &Child{os.NewFile(uintptr(fd), "report")}, nil
+}
+
+// Ready tells the parent that the mount is usable, and lets go of the terminal:
+// what is written to the standard files from now on, such as the runtime's last
+// words, goes to log. The error is that nobody waits for the report any more.
+func (c *Child) Ready(log *os.File) error {
+	if err := detach(log); err != nil {
+		return err
+	}
+	return c.say(report{})
+}
+
+// Fail tells the parent why there is no mount, and the exit code that fits.
+func (c *Child) Fail(err error, code int) error {
+	return c.say(report{Error: err.Error(), Code: code})
+}
+
+func (c *Child) say(r report) error {
+	return errors.Join(json.NewEncoder(c.w).Encode(r), c.w.Close())
+}
+
+// detach gives up the working directory, which would keep a file system busy,
+// and the terminal.
+func detach(log *os.File) error {
+	if err := os.Chdir("/"); err != nil {
+		return err
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	for fd, f := range []*os.File{null, log, log} {
+		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("redirect descriptor %d: %w", fd, err)
+		}
+	}
+	return nil
+}

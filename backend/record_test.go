@@ -1,0 +1,241 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func testRunDir(t *testing.T) *RunDir {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "run")
+	if err := PrivateDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	return &RunDir{dir}
+}
+
+func claim(t *testing.T, r *RunDir, rec Record) *Claim {
+	t.Helper()
+	c, err := r.Claim(rec.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Write(rec); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func list(t *testing.T, r *RunDir) []Entry {
+	t.Helper()
+	entries, err := r.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entries
+}
+
+func TestRecordLife(t *testing.T) {
+	r := testRunDir(t)
+	rec := Record{Reference: "localhost/x:v1", Dir: "/nowhere/a", PID: 7, Since: time.Now().UTC(), Backend: "fuse"}
+	if got := list(t, r); got == nil || len(got) != 0 {
+		t.Fatalf("an empty directory lists %v; want an empty list, which is [] in JSON", got)
+	}
+	c := claim(t, r, rec)
+	got := list(t, r)
+	if len(got) != 1 || got[0].Record != rec || got[0].State != Running {
+		t.Fatalf("listed %+v", got)
+	}
+	if _, err := r.Claim(rec.Dir); !errors.Is(err, ErrInUse) {
+		t.Fatalf("second claim: %v", err)
+	}
+	// Asking must not have disturbed the lock.
+	if alive, err := r.alive(c.id); err != nil || !alive {
+		t.Fatalf("alive %v, %v", alive, err)
+	}
+	if err := c.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(r.path); err != nil || len(left) != 0 {
+		t.Fatalf("left behind: %v, %v", left, err)
+	}
+	again, err := r.Claim(rec.Dir)
+	if err != nil {
+		t.Fatalf("claim after release: %v", err)
+	}
+	again.Release()
+}
+
+// TestRecordOfTheDead ends a server as SIGKILL does: the lock goes, the files stay.
+func TestRecordOfTheDead(t *testing.T) {
+	r := testRunDir(t)
+	c := claim(t, r, Record{Dir: t.TempDir()})
+	if err := os.WriteFile(c.LogPath(), []byte("last words\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.lock.Close()
+	if got := list(t, r); len(got) != 0 {
+		t.Fatalf("a mount that is gone is listed: %+v", got)
+	}
+	if left, err := os.ReadDir(r.path); err != nil || len(left) != 0 {
+		t.Fatalf("not swept: %v, %v", left, err)
+	}
+}
+
+func TestWaitEnd(t *testing.T) {
+	r := testRunDir(t)
+	c := claim(t, r, Record{Dir: "/nowhere/b"})
+	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := r.waitEnd(short, c.id); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("a live server: %v", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- r.waitEnd(t.Context(), c.id) }()
+	if err := c.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestUnmountOfNothing(t *testing.T) {
+	r := testRunDir(t)
+	dir := t.TempDir()
+	err := r.Unmount(t.Context(), dir, false, time.Second)
+	if err == nil || !strings.Contains(err.Error(), "is not mounted by erofs-oci") {
+		t.Fatalf("got %v", err)
+	}
+	if err := r.Unmount(t.Context(), dir+"/no", false, time.Second); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestRecordThatIsNotOne(t *testing.T) {
+	r := testRunDir(t)
+	if err := os.WriteFile(r.file("x", ".json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.List(); err == nil || !strings.Contains(err.Error(), "x.json") {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestPrivateDir(t *testing.T) {
+	base := t.TempDir()
+	fine := filepath.Join(base, "a", "b")
+	for range 2 {
+		if err := PrivateDir(fine); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st, err := os.Stat(fine); err != nil || st.Mode().Perm() != 0o700 {
+		t.Fatalf("%v, %v", st, err)
+	}
+	open := filepath.Join(base, "open")
+	if err := os.Mkdir(open, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(open, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(base, "link")
+	if err := os.Symlink(fine, link); err != nil {
+		t.Fatal(err)
+	}
+	for dir, why := range map[string]string{open: "open to others", link: "not a directory"} {
+		if err := PrivateDir(dir); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v, want %q", dir, err, why)
+		}
+	}
+	if os.Geteuid() == 0 {
+		theirs := filepath.Join(base, "theirs")
+		if err := os.Mkdir(theirs, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(theirs, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		if err := PrivateDir(theirs); err == nil || !strings.Contains(err.Error(), "belongs to uid 65534") {
+			t.Errorf("somebody else's: %v", err)
+		}
+	}
+}
+
+func TestRunDirs(t *testing.T) {
+	dirs := runDirs(func(k string) string {
+		return map[string]string{"XDG_RUNTIME_DIR": "/run/user/5"}[k]
+	})
+	if len(dirs) < 2 || dirs[len(dirs)-2] != "/run/user/5/erofs-oci" || dirs[len(dirs)-1] != TempDir() {
+		t.Errorf("got %q", dirs)
+	}
+	relative := runDirs(func(string) string { return "not/absolute" })
+	if relative[0] != "/run/erofs-oci" && relative[0] != TempDir() {
+		t.Errorf("a relative XDG_RUNTIME_DIR is taken: %q", relative)
+	}
+}
+
+func TestRealDir(t *testing.T) {
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(base, "dir")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("dir", filepath.Join(base, "link")); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(base)
+	for _, in := range []string{"dir", "link", "./dir/../link/", dir + "//"} {
+		if got, err := RealDir(in); err != nil || got != dir {
+			t.Errorf("RealDir(%q) = %q, %v; want %q", in, got, err, dir)
+		}
+	}
+}
+
+func TestCheckTarget(t *testing.T) {
+	base := t.TempDir()
+	file := filepath.Join(base, "file")
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for dir, why := range map[string]string{file: "not a directory", base + "/no": "does not exist; mkdir it", file + "/x": "not a directory"} {
+		if _, err := CheckTarget(dir); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v, want %q", dir, err, why)
+		}
+	}
+	if _, err := CheckTarget(base); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLogFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	l, err := OpenLog(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := []byte(strings.Repeat("x", 1023) + "\n")
+	for range 3 * maxLog / len(line) {
+		if n, err := l.Write(line); n != len(line) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{path, path + ".1"} {
+		st, err := os.Stat(p)
+		if err != nil || st.Size() == 0 || st.Size() > maxLog {
+			t.Errorf("%s: %v, %v", p, st, err)
+		}
+	}
+}
