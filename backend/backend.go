@@ -4,8 +4,9 @@
 //
 // It does not read images, speak to a registry or serve a request.
 //
-// A running mount is known to the other commands by two files in the run
-// directory ($XDG_RUNTIME_DIR/erofs-oci, /run/erofs-oci for root):
+// A running mount is known to the other commands by files in the run directory
+// ($EROFS_OCI_RUN_DIR, else /run/erofs-oci for root, else
+// $XDG_RUNTIME_DIR/erofs-oci, else a private directory below the temporary one):
 //
 //	ID.lock   locked for as long as the server lives (an open file description
 //	          lock, so the kernel lets go of it however the server ends)

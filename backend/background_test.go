@@ -39,7 +39,7 @@ func playChild(role string) int {
 		return 7
 	case "wait":
 		// Until the parent's signal.
-		select {}
+		syscall.Pause()
 	case "ready":
 		said, err := io.ReadAll(os.Stdin)
 		if err != nil {

@@ -175,6 +175,9 @@ func TestRunDirs(t *testing.T) {
 	if len(dirs) < 2 || dirs[len(dirs)-2] != "/run/user/5/erofs-oci" || dirs[len(dirs)-1] != TempDir() {
 		t.Errorf("got %q", dirs)
 	}
+	if d := runDirs(func(k string) string { return map[string]string{"EROFS_OCI_RUN_DIR": "/a", "XDG_RUNTIME_DIR": "/b"}[k] }); len(d) != 1 || d[0] != "/a" {
+		t.Errorf("EROFS_OCI_RUN_DIR: %q", d)
+	}
 	relative := runDirs(func(string) string { return "not/absolute" })
 	if relative[0] != "/run/erofs-oci" && relative[0] != TempDir() {
 		t.Errorf("a relative XDG_RUNTIME_DIR is taken: %q", relative)

@@ -29,9 +29,13 @@ func OpenRunDir(getenv func(string) string) (*RunDir, error) {
 	return nil, fmt.Errorf("no directory for the state of mounts; set XDG_RUNTIME_DIR to a directory of your own: %w", errors.Join(refused...))
 }
 
-// runDirs lists where the run directory may be, the best first. Root inside a
-// user namespace may not write to /run, hence the others for root, too.
+// runDirs lists where the run directory may be, the best first. Root's does not
+// depend on how root logged in; root inside a user namespace may not write to
+// /run, hence the others for root, too.
 func runDirs(getenv func(string) string) []string {
+	if d := getenv("EROFS_OCI_RUN_DIR"); filepath.IsAbs(d) {
+		return []string{d}
+	}
 	var dirs []string
 	if os.Geteuid() == 0 {
 		dirs = append(dirs, "/run/erofs-oci")
