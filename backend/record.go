@@ -62,9 +62,28 @@ func id(dir string) string {
 
 func (r *RunDir) file(id, suffix string) string { return filepath.Join(r.path, id+suffix) }
 
-// Claim takes dir (as RealDir returns it) for this process.
+// Claim takes dir (as RealDir returns it) for this process. A mount of ours
+// that nobody holds any more is refused: it would stay below the new one for ever.
 func (r *RunDir) Claim(dir string) (*Claim, error) {
-	id := id(dir)
+	c, err := r.lock(id(dir))
+	if errors.Is(err, ErrInUse) {
+		return nil, fmt.Errorf("%s %w; see erofs-oci list", dir, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := isMounted(dir)
+	if err == nil && mounted {
+		err = deadMount(dir)
+	}
+	if err != nil {
+		// The record stays, for umount to find; only the lock goes.
+		return nil, errors.Join(err, c.lock.Close())
+	}
+	return c, nil
+}
+
+func (r *RunDir) lock(id string) (*Claim, error) {
 	for {
 		f, err := os.OpenFile(r.file(id, ".lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 		if err != nil {
@@ -74,7 +93,7 @@ func (r *RunDir) Claim(dir string) (*Claim, error) {
 		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
 			f.Close()
 			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-				return nil, fmt.Errorf("%s %w; see erofs-oci list", dir, ErrInUse)
+				return nil, ErrInUse
 			}
 			return nil, &fs.PathError{Op: "lock", Path: f.Name(), Err: err}
 		}
@@ -240,11 +259,7 @@ func (r *RunDir) entry(id string) (Entry, bool, error) {
 // sweep removes what a server left that could not clean up after itself. It
 // takes the lock first, since a new server may just be starting.
 func (r *RunDir) sweep(id string) error {
-	rec, ok, err := r.read(id)
-	if err != nil || !ok {
-		return err
-	}
-	c, err := r.Claim(rec.Dir)
+	c, err := r.lock(id)
 	if errors.Is(err, ErrInUse) {
 		return nil
 	}

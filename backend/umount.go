@@ -52,14 +52,19 @@ func CheckTarget(dir string) (string, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return "", fmt.Errorf("mount target %s does not exist; mkdir it", dir)
-	case deadErr(err):
-		return "", fmt.Errorf("mount target %s is a mount whose server is gone; erofs-oci umount it first", dir)
+	case errors.Is(err, unix.ENOTCONN):
+		return "", deadMount(dir)
 	case err != nil:
 		return "", fmt.Errorf("mount target: %w", err)
 	case !st.IsDir():
 		return "", fmt.Errorf("mount target %s is not a directory", dir)
 	}
 	return RealDir(dir)
+}
+
+// deadMount is the error of mounting on a mount of ours that nobody serves.
+func deadMount(dir string) error {
+	return fmt.Errorf("mount target %s is a mount whose server is gone; erofs-oci umount it first", dir)
 }
 
 // mountAt returns the topmost mount on dir, or nil.

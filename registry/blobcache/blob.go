@@ -1,0 +1,139 @@
+package blobcache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+)
+
+// errAbandoned is what a pending chunk fails with when the blob that brought it is closed: a reader through another
+// blob of that digest fetches the chunk itself.
+var errAbandoned = errors.New("the blob that fetched it was closed")
+
+// A Blob reads one blob through the cache. Its methods may be called in parallel.
+type Blob struct {
+	store   *store
+	fetcher Fetcher
+
+	ctx     context.Context // its flights' context
+	cancel  context.CancelFunc
+	flights sync.WaitGroup
+	closed  atomic.Bool // set under store.mu, so that no flight begins after Close looked
+	closing sync.Once
+	err     error // of the first Close; guarded by closing
+}
+
+// Size is the blob's size in bytes.
+func (b *Blob) Size() int64 { return b.store.size }
+
+// Stats of all blobs of this digest together.
+func (b *Blob) Stats() Stats { return b.store.stats() }
+
+// ReadAt fills all of p from off, or returns a non-nil error. It fetches what is absent and waits for it, until ctx
+// ends; what ctx cut short is fetched to its end for the next reader.
+func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
+	s := b.store
+	if b.closed.Load() {
+		return b.closedError()
+	}
+	if err := s.check(off, len(p)); err != nil {
+		return err
+	}
+	if resident, err := s.readResident(p, off); resident || err != nil {
+		return err
+	}
+	s.counters.misses.Add(1)
+	if err := b.readMissing(ctx, p, off); err != nil {
+		return fmt.Errorf("read %d bytes at %d of %s: %w", len(p), off, s.digest, err)
+	}
+	s.counters.bytesServed.Add(int64(len(p)))
+	return nil
+}
+
+// ReadResident fills p and answers true if all of it is present; otherwise it answers false at once, having fetched
+// nothing. It never waits for the network.
+func (b *Blob) ReadResident(p []byte, off int64) bool {
+	if b.closed.Load() || b.store.check(off, len(p)) != nil {
+		return false
+	}
+	resident, err := b.store.readResident(p, off)
+	return resident && err == nil // a ReadAt of the same bytes tells the error
+}
+
+// Close ends the flights that this blob began and waits for them. Reads that wait end with os.ErrClosed.
+func (b *Blob) Close() error {
+	b.closing.Do(func() {
+		b.store.mu.Lock()
+		b.closed.Store(true)
+		b.store.mu.Unlock()
+		b.cancel()
+		b.flights.Wait()
+		b.err = b.store.cache.forget(b)
+	})
+	return b.err
+}
+
+func (b *Blob) closedError() error {
+	return fmt.Errorf("blob %s: %w", b.store.digest, os.ErrClosed)
+}
+
+// readMissing reads a range of which something was absent. It begins anew at a chunk whose bringer was closed.
+func (b *Blob) readMissing(ctx context.Context, p []byte, off int64) error {
+	for len(p) > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := b.readWanted(ctx, p, off)
+		if err != nil && !errors.Is(err, errAbandoned) {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// readWanted has all chunks of p brought, copies them in order as they come, and says how far it came.
+func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err error) {
+	s := b.store
+	first, end := s.span(off, len(p))
+	wanted, err := b.want(first, end)
+	if err != nil {
+		return 0, err
+	}
+	for i, pend := range wanted {
+		chunk := first + int64(i)
+		at := off + int64(n)
+		part := p[n:min(int64(len(p)), (chunk+1)*s.chunkSize-off)]
+		var data []byte
+		if pend != nil {
+			if data, err = b.await(ctx, pend); err != nil {
+				return n, err
+			}
+		}
+		if data != nil {
+			copy(part, data[at-chunk*s.chunkSize:])
+		} else if err := s.pread(part, at); err != nil {
+			return n, err
+		}
+		n += len(part)
+		wanted[i] = nil // with its data, if the disk could not keep it
+	}
+	return n, nil
+}
+
+// await waits for one chunk. It gives the chunk's bytes where the file does not have them.
+func (b *Blob) await(ctx context.Context, pend *pending) ([]byte, error) {
+	select {
+	case <-pend.done:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-b.ctx.Done():
+	}
+	if b.ctx.Err() != nil {
+		return nil, b.closedError()
+	}
+	return pend.data, pend.err
+}

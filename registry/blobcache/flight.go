@@ -1,0 +1,300 @@
+package blobcache
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+)
+
+// A flight is one Fetch and the reading of its body.
+type flight struct {
+	blob       *Blob
+	first, end int64 // the chunks it asks for; end goes up when it turns out to be the stream
+	receiving  bool  // its body is being read: nobody takes its chunks over any more. Guarded by store.mu
+	ranged     bool  // the body began where it was asked to
+	unkept     bool  // the disk did not take a chunk
+}
+
+// want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
+// are nil. Runs of absent chunks become flights, and never does a chunk have two.
+func (b *Blob) want(first, end int64) ([]*pending, error) {
+	s := b.store
+	wanted := make([]*pending, end-first)
+	perFlight := s.cache.options.MaxSpan / s.chunkSize
+	var begun []*flight
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.closed.Load() {
+		return nil, b.closedError()
+	}
+	var run *flight // to which an absent chunk right behind the last one is added
+	for c := first; c < end; c++ {
+		if s.present.has(c) {
+			run = nil
+			continue
+		}
+		pend := s.inflight[c]
+		switch {
+		case pend != nil:
+			run = nil
+		case s.stream != nil && c >= s.streamNext:
+			run = nil
+			pend = s.claim(c, s.stream)
+		default:
+			if run == nil || c-run.first == perFlight {
+				run = &flight{blob: b, first: c}
+				begun = append(begun, run)
+			}
+			run.end = c + 1
+			pend = s.claim(c, run)
+		}
+		wanted[c-first] = pend
+	}
+	for _, f := range begun {
+		b.flights.Go(f.run)
+	}
+	return wanted, nil
+}
+
+// claim puts an absent chunk in flight. The caller holds s.mu.
+func (s *store) claim(chunk int64, f *flight) *pending {
+	pend := &pending{flight: f, done: make(chan struct{})}
+	s.inflight[chunk] = pend
+	return pend
+}
+
+// run is the flight's goroutine; the blob that began it waits for it in Close.
+func (f *flight) run() {
+	b := f.blob
+	err := f.fly()
+	switch {
+	case err == nil:
+		err = io.ErrUnexpectedEOF // nothing is left undone without an error; should it be, no reader takes a hole for data
+	case b.ctx.Err() != nil:
+		err = errAbandoned
+	default:
+		b.store.cache.options.Logger.Warn("fetch failed", "blob", b.store.digest, "error", err)
+	}
+	f.land(err)
+}
+
+// land returns to absent what f was to bring and did not, and tells those who wait.
+func (f *flight) land(err error) {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stream == f {
+		s.stream = nil
+	}
+	for c, pend := range s.inflight {
+		if pend.flight == f {
+			delete(s.inflight, c)
+			pend.err = err
+			close(pend.done)
+		}
+	}
+}
+
+// fly fetches and publishes. Chunks that f owes when it returns were not brought.
+func (f *flight) fly() error {
+	b, s := f.blob, f.blob.store
+	if err := s.cache.fetches.Acquire(b.ctx, 1); err != nil {
+		return err
+	}
+	defer s.cache.fetches.Release(1)
+	if !f.owes() {
+		return nil // a stream took all of it over while f waited for its turn
+	}
+	off := f.first * s.chunkSize
+	n := min(f.end*s.chunkSize, s.size) - off
+	s.counters.fetches.Add(1)
+	body, start, total, err := b.fetcher.Fetch(b.ctx, off, n)
+	if err != nil {
+		return fmt.Errorf("fetch %d bytes at %d: %w", n, off, err)
+	}
+	defer body.Close()
+	if total != s.size {
+		return fmt.Errorf("fetch %d bytes at %d: the server has %d bytes, the blob is said to have %d", n, off, total, s.size)
+	}
+	if start < 0 || start > off {
+		return fmt.Errorf("fetch %d bytes at %d: the body starts at %d", n, off, start)
+	}
+	if err := f.receive(body, start); err != nil {
+		return fmt.Errorf("fetch %d bytes at %d: body from %d: %w", n, off, start, err)
+	}
+	return nil
+}
+
+// receive publishes the chunks of the body as each becomes whole.
+func (f *flight) receive(body io.Reader, start int64) error {
+	s := f.blob.store
+	if !f.begin(start) {
+		return nil
+	}
+	buffer := s.cache.buffers.Get().(*[]byte)
+	defer s.cache.buffers.Put(buffer)
+	r := bufio.NewReader(countingReader{body, &s.counters.bytesFetched})
+
+	chunk := (start + s.chunkSize - 1) / s.chunkSize
+	if _, err := r.Discard(int(chunk*s.chunkSize - start)); err != nil {
+		return broken(err, start)
+	}
+	for ; ; chunk++ {
+		if chunk == f.end {
+			if more, err := f.goesOn(r); !more {
+				return err
+			}
+		}
+		pend, more := f.take(chunk)
+		if !more {
+			return nil
+		}
+		data := (*buffer)[:s.chunkLen(chunk)]
+		if n, err := io.ReadFull(r, data); err != nil {
+			return broken(err, chunk*s.chunkSize+int64(n))
+		}
+		if pend != nil {
+			f.publish(chunk, pend, data)
+		}
+	}
+}
+
+func broken(err error, at int64) error {
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("broke off at %d: %w", at, err)
+}
+
+// begin says that the body is there, and whether anybody still wants it. A body that starts before what was asked
+// for is the whole blob.
+func (f *flight) begin(start int64) bool {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.owed(f) {
+		return false
+	}
+	f.receiving = true
+	f.ranged = start == f.first*s.chunkSize
+	if !f.ranged && s.stream == nil {
+		s.makeStream(f, (start+s.chunkSize-1)/s.chunkSize)
+	}
+	return true
+}
+
+// goesOn looks for bytes behind the last chunk of f.end, which all are here. To a request from byte 0 the whole blob
+// is an answer that is only noticed now; anywhere else such bytes are none of ours.
+func (f *flight) goesOn(r *bufio.Reader) (bool, error) {
+	s := f.blob.store
+	if !f.ranged && f.end < s.chunks {
+		return false, nil // the whole blob once more, while another flight is the stream
+	}
+	if _, err := r.Peek(1); err == io.EOF {
+		return false, nil // read to its end, for only then can the connection serve again
+	} else if err != nil {
+		return false, broken(err, f.end*s.chunkSize)
+	}
+	if f.first > 0 || f.end == s.chunks {
+		return false, errors.New("is longer than it should be")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stream != nil {
+		return false, nil
+	}
+	s.makeStream(f, f.end)
+	return true, nil
+}
+
+// makeStream lets f read to the end of the blob, next being the first chunk to come, and gives it those of the later
+// chunks for which no other flight has begun to receive. The caller holds s.mu.
+func (s *store) makeStream(f *flight, next int64) {
+	s.stream, s.streamNext = f, next
+	f.end = s.chunks
+	for c, pend := range s.inflight {
+		if c >= next && !pend.flight.receiving {
+			pend.flight = f
+		}
+	}
+}
+
+// take decides about the chunk that comes next: whom it is for, or nil if it is to be dropped, since it is here
+// already or another flight is bringing it. It answers false if the rest of the body is of no use: where the disk
+// keeps nothing, a stream goes on only as long as somebody waits for what it will bring.
+func (f *flight) take(chunk int64) (*pending, bool) {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f.unkept && !s.owed(f) {
+		if s.stream == f {
+			s.stream = nil
+		}
+		return nil, false
+	}
+	if s.stream == f {
+		s.streamNext = chunk + 1
+	}
+	pend := s.inflight[chunk]
+	switch {
+	case pend != nil && pend.flight == f:
+		return pend, true
+	case pend != nil || s.present.has(chunk) || f.unkept:
+		return nil, true
+	}
+	return s.claim(chunk, f), true
+}
+
+// publish makes a whole chunk present and lets those who wait for it go. The bit is set after the data is in the
+// file; where the disk does not take it, those who wait get a copy and the chunk is absent again.
+func (f *flight) publish(chunk int64, pend *pending, data []byte) {
+	s := f.blob.store
+	_, err := s.file.WriteAt(data, chunk*s.chunkSize)
+	if err != nil {
+		f.unkept = true
+		pend.data = bytes.Clone(data)
+		s.cache.unkept.Do(func() {
+			s.cache.options.Logger.Warn("the cache cannot keep what was fetched; reads go on without it",
+				"directory", s.cache.root.Name(), "error", err)
+		})
+	}
+	s.mu.Lock()
+	if err == nil {
+		s.present.set(chunk)
+		s.counters.chunksPresent.Add(1)
+	}
+	delete(s.inflight, chunk)
+	s.mu.Unlock()
+	close(pend.done)
+}
+
+func (f *flight) owes() bool {
+	f.blob.store.mu.Lock()
+	defer f.blob.store.mu.Unlock()
+	return f.blob.store.owed(f)
+}
+
+// owed says whether f is to bring anything. The caller holds s.mu.
+func (s *store) owed(f *flight) bool {
+	for _, pend := range s.inflight {
+		if pend.flight == f {
+			return true
+		}
+	}
+	return false
+}
+
+type countingReader struct {
+	r io.Reader
+	n *atomic.Int64
+}
+
+func (c countingReader) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n.Add(int64(n))
+	return n, err
+}
