@@ -212,7 +212,7 @@ func checkDigest(digest string) error {
 	lengths := map[string]int{"sha256": 64, "sha384": 96, "sha512": 128}
 	want, ok := lengths[algorithm]
 	if !ok {
-		return fmt.Errorf("digest %.80q: must begin with sha256:, sha384: or sha512:", digest)
+		return fmt.Errorf("digest %.80q: must be one of sha256, sha384 or sha512", digest)
 	}
 	if len(hex) != want || strings.Trim(hex, "0123456789abcdef") != "" {
 		return fmt.Errorf("digest %.160q: %s must be followed by %d lower-case hex digits", digest, algorithm, want)

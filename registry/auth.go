@@ -1,0 +1,193 @@
+package registry
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+)
+
+// A grant is the Authorization header that answers a challenge.
+type grant struct {
+	header  string
+	expires time.Time // zero: it does not
+	source  string    // of the credentials; "" where there were none
+}
+
+func (g grant) usable(now time.Time) bool {
+	return g.header != "" && (g.expires.IsZero() || now.Before(g.expires))
+}
+
+// An authTransport authorizes the requests to one repository. It learns from
+// the first 401 what the registry wants and sends it along from then on; when
+// that is refused later, one request fetches anew for all that wait.
+type authTransport struct {
+	next    http.RoundTripper
+	ref     Reference
+	keyring keyring
+	tokens  tokenService
+	tasks   *tasks
+	flights singleflight.Group
+
+	mu      sync.Mutex
+	current challenge           // the last one; zero: nothing was asked for yet
+	grants  map[challenge]grant // by scope, among other things
+	secrets []string            // to be removed from what servers say
+}
+
+func (t *authTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	header, err := t.known(req.Context())
+	if err != nil {
+		return nil, err
+	}
+	resp, err := t.send(req, header)
+	if err != nil || !t.challenged(req, resp) {
+		return resp, err
+	}
+	asked, ok := pickChallenge(resp.Header.Values("WWW-Authenticate"))
+	refusal := statusError(resp, t.hide)
+	if !ok {
+		return nil, refusal
+	}
+	g, err := t.authorize(req.Context(), asked, header)
+	if err != nil {
+		return nil, err
+	}
+	if g.header == "" || g.header == header {
+		return nil, t.advise(refusal, g)
+	}
+	resp, err = t.send(req, g.header)
+	if err != nil || !t.challenged(req, resp) {
+		return resp, err
+	}
+	return nil, t.advise(statusError(resp, t.hide), g)
+}
+
+func (t *authTransport) send(req *http.Request, header string) (*http.Response, error) {
+	req = req.Clone(req.Context())
+	if header != "" {
+		req.Header.Set("Authorization", header)
+	}
+	return t.next.RoundTrip(req)
+}
+
+// challenged reports a 401 of the registry itself. One that comes from where a
+// redirect led to is nobody's business: answering it would send credentials to
+// whatever token service that host names.
+func (t *authTransport) challenged(req *http.Request, resp *http.Response) bool {
+	return resp.StatusCode == http.StatusUnauthorized && sameOrigin(req.URL, resp.Request.URL)
+}
+
+// known is the header for what was asked last, fetched anew if it has expired.
+func (t *authTransport) known(ctx context.Context) (string, error) {
+	t.mu.Lock()
+	asked := t.current
+	g := t.grants[asked]
+	t.mu.Unlock()
+	if asked == (challenge{}) || g.usable(time.Now()) {
+		return g.header, nil
+	}
+	g, err := t.authorize(ctx, asked, g.header)
+	return g.header, err
+}
+
+// authorize returns a grant for asked that is not the refused one, unless there
+// is no other. It fetches at most once for all who ask at the same time; the
+// fetch belongs to the Client, the wait to the caller.
+func (t *authTransport) authorize(ctx context.Context, asked challenge, refused string) (grant, error) {
+	if g, ok := t.granted(asked, refused); ok {
+		return g, nil
+	}
+	flight := t.flights.DoChan(strings.Join([]string{asked.scheme, asked.realm, asked.service, asked.scope}, "\n"), func() (any, error) {
+		if g, ok := t.granted(asked, refused); ok {
+			return g, nil
+		}
+		return t.fetch(asked)
+	})
+	select {
+	case r := <-flight:
+		g, _ := r.Val.(grant)
+		return g, r.Err
+	case <-ctx.Done():
+		return grant{}, context.Cause(ctx)
+	}
+}
+
+// granted looks for a usable grant that somebody else has fetched.
+func (t *authTransport) granted(asked challenge, refused string) (grant, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.current = asked
+	g := t.grants[asked]
+	return g, g.usable(time.Now()) && g.header != refused
+}
+
+func (t *authTransport) fetch(asked challenge) (grant, error) {
+	if !t.tasks.enter() {
+		return grant{}, errClosed
+	}
+	defer t.tasks.leave()
+	who, err := t.keyring.lookup(t.ref)
+	if err != nil {
+		return grant{}, err
+	}
+	t.remember(who.secrets()...)
+	g := grant{source: who.source}
+	switch {
+	case asked.scheme == "bearer":
+		g, err = t.tokens.fetch(t.tasks.ctx, asked, who, t.hide)
+		if err != nil {
+			return grant{}, fmt.Errorf("token for %s: %w", t.ref.name(), t.advise(err, grant{source: who.source}))
+		}
+		t.remember(strings.TrimPrefix(g.header, "Bearer "))
+	case who.username != "":
+		g.header = "Basic " + who.basic()
+	}
+	t.mu.Lock()
+	t.grants[asked] = g
+	t.mu.Unlock()
+	return g, nil
+}
+
+// advise says what to do about a refusal for want of authority.
+func (t *authTransport) advise(err error, g grant) error {
+	status, ok := err.(*StatusError)
+	if !ok || status.Code != http.StatusUnauthorized && status.Code != http.StatusForbidden {
+		return err
+	}
+	if g.source == "" {
+		status.Advice = fmt.Sprintf("no credentials for %s: the image may be private or not exist; log in with docker or podman, or give a user name and password", t.ref.Host)
+	} else {
+		status.Advice = fmt.Sprintf("the credentials for %s from %s were refused", t.ref.Host, g.source)
+	}
+	return status
+}
+
+// maxSecrets bounds what hide looks for; the newest are kept.
+const maxSecrets = 16
+
+// remember keeps secrets for hide. Very short ones would tear words apart.
+func (t *authTransport) remember(secrets ...string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, s := range secrets {
+		if len(s) >= 4 {
+			t.secrets = append(t.secrets, s)
+		}
+	}
+	t.secrets = t.secrets[max(0, len(t.secrets)-maxSecrets):]
+}
+
+// hide takes out of a server's message what we sent to it in confidence.
+func (t *authTransport) hide(s string) string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, secret := range t.secrets {
+		s = strings.ReplaceAll(s, secret, "REDACTED")
+	}
+	return s
+}

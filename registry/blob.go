@@ -1,0 +1,284 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A Blob is read by ranges. It may be used by many goroutines at once.
+type Blob struct {
+	session *session
+	desc    ocispec.Descriptor
+}
+
+// Blob returns the blob that desc describes, in the repository of ref. Nothing
+// is sent. The size in desc is what every answer will be held against.
+func (c *Client) Blob(ref Reference, desc ocispec.Descriptor) (*Blob, error) {
+	if err := ref.validate(); err != nil {
+		return nil, err
+	}
+	if err := checkDigest(desc.Digest); err != nil {
+		return nil, fmt.Errorf("blob in %s: %w", ref.name(), err)
+	}
+	if desc.Size < 0 {
+		return nil, fmt.Errorf("blob %s in %s: size %d", desc.Digest, ref.name(), desc.Size)
+	}
+	return &Blob{session: c.session(ref), desc: desc}, nil
+}
+
+// Size is the blob's length in bytes.
+func (b *Blob) Size() int64 { return b.desc.Size }
+
+// Digest names the blob's content.
+func (b *Blob) Digest() digest.Digest { return b.desc.Digest }
+
+// Fetch asks for the n bytes from off, by one ranged GET. start says where the
+// body really begins: at off, or at 0 where the server sends the whole blob in
+// spite of the range; total is the blob's size. The body ends after the last
+// byte that was asked for, or after the last byte of the blob.
+//
+// A body that breaks off goes on by itself with a new GET for the rest. Its Read
+// blocks no longer than Options.ErrorWait without a byte, and fails for good
+// when the answer does not pass the checks. It must be closed. It is for one
+// goroutine; another one that wants to end a Read cancels ctx.
+func (b *Blob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
+	size := b.desc.Size
+	if off < 0 || n <= 0 || off > size || n > size-off {
+		return nil, 0, 0, fmt.Errorf("blob %s: bytes %d+%d are not within its %d", b.desc.Digest, off, n, size)
+	}
+	s := &stream{ctx: ctx, blob: b, pos: off, end: off + n, wait: b.session.reading()}
+	s.wait.begin()
+	err = s.open(true)
+	s.wait.end()
+	if err != nil {
+		return nil, 0, 0, b.located(err, off, n)
+	}
+	return s, s.pos, size, nil
+}
+
+func (b *Blob) located(err error, off, n int64) error {
+	return fmt.Errorf("blob %s bytes %d+%d: %w", b.desc.Digest, off, n, err)
+}
+
+func (b *Blob) path() string { return "blobs/" + b.desc.Digest.String() }
+
+// answer sends one ranged GET for the bytes from off to end. whole reports that
+// the body is the blob from its first byte on.
+func (b *Blob) answer(ctx context.Context, off, end int64) (resp *http.Response, whole bool, err error) {
+	resp, err = b.session.do(ctx, http.MethodGet, b.path(), rangeHeader(off, end))
+	if err != nil {
+		return nil, false, err
+	}
+	switch resp.StatusCode {
+	case http.StatusPartialContent:
+		err = checkPartial(resp, off, end-off, b.desc.Size)
+	case http.StatusOK:
+		whole, err = true, checkWhole(resp, b.desc.Size)
+	default:
+		return nil, false, statusError(resp, b.session.auth.hide)
+	}
+	if err != nil {
+		_ = resp.Body.Close() // the answer is refused anyway
+		return nil, false, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
+	}
+	return resp, whole, nil
+}
+
+func rangeHeader(off, end int64) http.Header {
+	return http.Header{
+		"Range":           {fmt.Sprintf("bytes=%d-%d", off, end-1)},
+		"Accept-Encoding": {"identity"},
+	}
+}
+
+// A stream is the body of a Fetch: one answer after the other, as far as they
+// last. It belongs to one goroutine.
+type stream struct {
+	ctx  context.Context
+	blob *Blob
+	wait *patience
+
+	pos, end int64 // the next byte to deliver, and where to stop
+	part     *part // nil between two answers
+	err      error // the last word
+}
+
+// A part is one answer's body: the bytes of the blob up to left more, and then,
+// if the answer was to end there, nothing.
+type part struct {
+	body   io.ReadCloser
+	left   int64
+	exact  bool
+	cancel context.CancelCauseFunc
+	limit  *time.Timer // cancels when patience ends
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	s.wait.begin()
+	defer s.wait.end()
+	n, err := s.read(p)
+	if err != nil {
+		if err != io.EOF {
+			err = s.blob.located(err, s.pos, s.end-s.pos)
+		}
+		s.err = err
+		s.drop()
+	}
+	return n, err
+}
+
+// read returns at least one byte, or the end, or why there is none.
+func (s *stream) read(p []byte) (int, error) {
+	for {
+		if s.pos == s.end {
+			return 0, io.EOF
+		}
+		err := s.open(false)
+		if err != nil {
+			return 0, err
+		}
+		n, err := s.part.read(p, s.wait)
+		switch {
+		case n > 0:
+			s.pos += int64(n)
+			s.wait.progress()
+			return n, nil
+		case err == nil:
+			continue // io.Reader allows it
+		}
+		s.drop()
+		if err := s.again(err); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// open sees to it that there is a part which goes on at pos. Only the first
+// answer may move pos and end, to those of a whole blob.
+func (s *stream) open(first bool) error {
+	for s.part == nil {
+		err := s.tryOpen(first)
+		if err == nil {
+			return nil
+		}
+		if err := s.again(err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stream) again(err error) error {
+	level := slog.LevelDebug
+	if s.wait.tries == 0 {
+		level = slog.LevelWarn // the first sign of trouble; what follows repeats it
+	}
+	s.blob.session.client.log.Log(s.ctx, level, "blob read interrupted", "repository", s.blob.session.ref.name(),
+		"digest", s.blob.desc.Digest, "offset", s.pos, "try", s.wait.tries+1, "err", err)
+	return s.wait.again(s.ctx, err)
+}
+
+func (s *stream) tryOpen(first bool) error {
+	ctx, cancel := context.WithCancelCause(s.ctx)
+	pt := &part{cancel: cancel, limit: time.AfterFunc(s.wait.watch(), func() { cancel(&wireError{errOutOfTime}) })}
+	resp, whole, err := s.blob.answer(ctx, s.pos, s.end)
+	if err != nil {
+		pt.limit.Stop()
+		cancel(nil)
+		return err
+	}
+	if whole && first {
+		s.pos, s.end = 0, s.blob.desc.Size
+	}
+	pt.body, pt.left, pt.exact = resp.Body, s.end-s.pos, !whole || s.end == s.blob.desc.Size
+	if whole {
+		// A server that does not know ranges starts over; what was delivered
+		// before is passed over.
+		_, err = io.CopyN(io.Discard, resp.Body, s.pos)
+	}
+	pt.limit.Stop()
+	if err != nil {
+		pt.close()
+		return shortBody(err)
+	}
+	s.part = pt
+	return nil
+}
+
+// read delivers bytes, or says why not. The last ones leave only when the body
+// has been seen to end where it should.
+func (pt *part) read(p []byte, wait *patience) (int, error) {
+	pt.limit.Reset(wait.watch())
+	defer pt.limit.Stop()
+	n, err := pt.body.Read(p[:min(int64(len(p)), pt.left)])
+	pt.left -= int64(n)
+	switch {
+	case pt.left == 0 && pt.exact && err != io.EOF:
+		if err := atEnd(pt.body); err != nil {
+			return 0, err
+		}
+		return n, nil
+	case n > 0 || err == nil:
+		return n, nil
+	}
+	return 0, shortBody(err)
+}
+
+// shortBody makes the end of a body that should have been longer a broken
+// connection, which it is more often than not.
+func shortBody(err error) error {
+	if err == io.EOF {
+		return &wireError{errors.New("body broke off")}
+	}
+	return err
+}
+
+// atEnd reads on after the last byte.
+func atEnd(body io.Reader) error {
+	var one [1]byte
+	_, err := io.ReadFull(body, one[:])
+	switch err {
+	case io.EOF:
+		return nil
+	case nil:
+		return errors.New("body goes on after the range that was asked for")
+	}
+	return err
+}
+
+func (pt *part) close() {
+	pt.limit.Stop()
+	_ = pt.body.Close() // nothing was written, nothing can be lost
+	pt.cancel(nil)
+}
+
+func (s *stream) drop() {
+	if s.part != nil {
+		s.part.close()
+		s.part = nil
+	}
+}
+
+// Close ends the stream. A connection whose answer was read to its end can be
+// used again; any other is closed.
+func (s *stream) Close() error {
+	s.drop()
+	if s.err == nil {
+		s.err = errors.New("body is closed")
+	}
+	return nil
+}

@@ -1,0 +1,83 @@
+package registry
+
+import (
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Media types. The EROFS ones follow a draft whose names may still change, so
+// no other file spells one out.
+const (
+	// MediaTypeErofs is a raw EROFS image: the form that is written.
+	MediaTypeErofs = "application/vnd.erofs"
+	// MediaTypeErofsZstd is an EROFS image in zstd frames.
+	MediaTypeErofsZstd = "application/vnd.erofs+zstd"
+	// MediaTypeChunkIndex is a chunk index for the layer before it.
+	MediaTypeChunkIndex = "application/vnd.erofs.chunk-index.v1"
+
+	mediaTypeContainerdErofs     = "application/vnd.erofs.layer.v1"
+	mediaTypeContainerdErofsZstd = "application/vnd.erofs.layer.v1+zstd"
+
+	mediaTypeDockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
+	mediaTypeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	mediaTypeDockerConfig   = "application/vnd.docker.container.image.v1+json"
+	prefixDockerSchema1     = "application/vnd.docker.distribution.manifest.v1+"
+
+	// annotationRole on a layer says what an EROFS layer is for; roleDevice marks
+	// data that belongs to another layer and cannot be mounted by itself.
+	annotationRole = "org.erofs.role"
+	roleDevice     = "device"
+
+	// featureErofs in os.features marks the index entry whose layers are EROFS.
+	featureErofs = "erofs"
+)
+
+// manifestAccept is the Accept header of a manifest request.
+var manifestAccept = strings.Join([]string{
+	ocispec.MediaTypeImageIndex, mediaTypeDockerList,
+	ocispec.MediaTypeImageManifest, mediaTypeDockerManifest,
+}, ", ")
+
+func isIndexType(t string) bool {
+	return t == ocispec.MediaTypeImageIndex || t == mediaTypeDockerList
+}
+
+func isManifestType(t string) bool {
+	return t == ocispec.MediaTypeImageManifest || t == mediaTypeDockerManifest
+}
+
+func isImageConfigType(t string) bool {
+	return t == ocispec.MediaTypeImageConfig || t == mediaTypeDockerConfig
+}
+
+// layerKind is what a layer's media type says of its bytes.
+type layerKind int
+
+const (
+	kindOther      layerKind = iota // not known: only the bytes can tell
+	kindErofs                       // a raw image, mountable by ranges
+	kindErofsZstd                   // an image in zstd frames
+	kindErofsOther                  // of the EROFS family, but not an image that we know
+	kindCompressed                  // a compressed tar: certainly not an image
+)
+
+// layerKindOf classifies in the order of preference: the draft's names,
+// containerd's, then any type ending in ".erofs".
+func layerKindOf(t string) layerKind {
+	switch t {
+	case MediaTypeErofs, mediaTypeContainerdErofs:
+		return kindErofs
+	case MediaTypeErofsZstd, mediaTypeContainerdErofsZstd:
+		return kindErofsZstd
+	}
+	switch {
+	case strings.HasSuffix(t, ".erofs"):
+		return kindErofs
+	case strings.HasPrefix(t, MediaTypeErofs+"+"), strings.HasPrefix(t, MediaTypeErofs+"."):
+		return kindErofsOther
+	case strings.HasSuffix(t, "+gzip"), strings.HasSuffix(t, ".gzip"), strings.HasSuffix(t, "+zstd"), strings.HasSuffix(t, ".zstd"):
+		return kindCompressed
+	}
+	return kindOther
+}

@@ -1,0 +1,65 @@
+package registry_test
+
+import (
+	"bytes"
+	"errors"
+	"net/http"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/tests/dockerregistry"
+	"github.com/erofs-oci/erofs-oci/tests/ocipush"
+)
+
+// The distribution project's registry: pushed to in both ways, resolved through
+// an index, read by ranges.
+func TestRealRegistry(t *testing.T) {
+	addr := dockerregistry.Start(t)
+	data := noise(3<<20 + 17)
+	layer := ocipush.Bytes(registry.MediaTypeErofs, data)
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	t.Cleanup(transport.CloseIdleConnections)
+	base := "http://" + addr
+	for name, o := range map[string]ocipush.Options{
+		"monolithic": {}, "chunked": {ChunkSize: 1 << 20},
+	} {
+		o.Client = &http.Client{Transport: transport}
+		index, err := ocipush.PushIndex(t.Context(), base, "a/"+name+":v1", []ocipush.Image{
+			image("linux/arm64", ocipush.Bytes(tarGzip, []byte("tar"))),
+			image("linux/amd64", ocipush.Bytes(tarGzip, []byte("tar"))),
+			image("linux/amd64", layer, "erofs"),
+		}, o)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		c := newClient(t, registry.Options{})
+		im, err := c.Resolve(t.Context(), parse(t, addr+"/a/"+name+":v1"), registry.Selector{Platform: "linux/amd64"})
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		l, err := im.ErofsLayer(registry.Selector{})
+		if err != nil || im.IndexDigest != index || l.Digest != digest.FromBytes(data) || l.Size != int64(len(data)) {
+			t.Fatalf("%s: %+v %+v %v", name, im, l, err)
+		}
+		if l, err = c.ErofsLayer(t.Context(), im, registry.Selector{Blob: im.Config.Digest}); err != nil || l.Size != im.Config.Size {
+			t.Errorf("%s: stat: %+v %v", name, l, err)
+		}
+		b, err := c.Blob(im.Reference, im.Layers[0].Descriptor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, at := range []struct{ off, n int64 }{{0, 1}, {0, b.Size()}, {1 << 20, 256 << 10}, {b.Size() - 1, 1}} {
+			got, start, err := fetch(t.Context(), b, at.off, at.n)
+			if err != nil || start != at.off || !bytes.Equal(got, data[at.off:at.off+at.n]) {
+				t.Errorf("%s: %+v: start %d, %d bytes, %v", name, at, start, len(got), err)
+			}
+		}
+		_, err = c.Resolve(t.Context(), parse(t, addr+"/a/"+name+":v2"), registry.Selector{})
+		var status *registry.StatusError
+		if !errors.As(err, &status) || status.Code != 404 || status.Codes[0] != "MANIFEST_UNKNOWN" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -1,0 +1,227 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"mime"
+	"net/http"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const (
+	// maxManifest is what containerd and the image library accept, too.
+	maxManifest = 4 << 20
+	// maxConfig bounds an image configuration; real ones are a few KiB.
+	maxConfig = 4 << 20
+	// maxIndexDepth bounds indexes within indexes.
+	maxIndexDepth = 4
+	// maxPlatformText bounds a platform that a server made up.
+	maxPlatformText = 60
+)
+
+// Resolve finds the manifest that ref means for the platform of sel, through as
+// many indexes as lie in between. Every document is verified against the digest
+// that asked for it. Which layer to use is Image.ErofsLayer's matter.
+func (c *Client) Resolve(ctx context.Context, ref Reference, sel Selector) (*Image, error) {
+	if err := ref.validate(); err != nil {
+		return nil, err
+	}
+	want, err := parsePlatform(sel.Platform)
+	if err != nil {
+		return nil, err
+	}
+	r := &resolver{session: c.session(ref), want: want}
+	im, err := r.resolve(ctx, ref)
+	if err == nil && sel.Platform != "" && im.IndexDigest == "" {
+		err = c.checkPlatform(ctx, im, want)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", ref, err)
+	}
+	return im, nil
+}
+
+// A resolver walks from a reference down to one manifest.
+type resolver struct {
+	session *session
+	want    platform
+}
+
+func (r *resolver) resolve(ctx context.Context, ref Reference) (*Image, error) {
+	im := &Image{Reference: ref}
+	doc, err := r.session.manifest(ctx, ref.target(), ref.Digest, "")
+	if err != nil {
+		return nil, err
+	}
+	for depth := 0; doc.index != nil; depth++ {
+		if depth == maxIndexDepth {
+			return nil, fmt.Errorf("more than %d indexes within each other", maxIndexDepth)
+		}
+		if im.IndexDigest == "" {
+			im.IndexDigest = doc.digest
+		}
+		i := choose(doc.index.Manifests, r.want)
+		if i < 0 {
+			return nil, fmt.Errorf("index %s holds nothing for %s, only %s", doc.digest, r.want, listPlatforms(doc.index.Manifests))
+		}
+		next := doc.index.Manifests[i]
+		if err := checkDigest(next.Digest); err != nil {
+			return nil, fmt.Errorf("index %s, entry %d: %w", doc.digest, i, err)
+		}
+		if next.Platform != nil {
+			im.Platform = clean(platformOf(next.Platform).String(), maxPlatformText)
+		}
+		doc, err = r.session.manifest(ctx, next.Digest.String(), next.Digest, next.MediaType)
+		if err != nil {
+			return nil, err
+		}
+	}
+	im.Digest, im.MediaType, im.Config = doc.digest, doc.mediaType, doc.manifest.Config
+	for i, d := range doc.manifest.Layers {
+		im.Layers = append(im.Layers, Layer{Index: i, Descriptor: d})
+	}
+	return im, nil
+}
+
+// listPlatforms names what an index holds, for an error.
+func listPlatforms(entries []ocispec.Descriptor) string {
+	const most = 12
+	var names []string
+	for _, e := range entries {
+		name := "an entry without a platform"
+		if e.Platform != nil {
+			name = clean(platformOf(e.Platform).String(), maxPlatformText)
+		}
+		if len(names) == most {
+			names = append(names, fmt.Sprintf("and %d more", len(entries)-most))
+			break
+		}
+		names = append(names, name)
+	}
+	if len(names) == 0 {
+		return "an empty list"
+	}
+	return strings.Join(names, ", ")
+}
+
+// A document is a manifest or an index; exactly one of the two is set.
+type document struct {
+	digest    digest.Digest
+	mediaType string
+	index     *ocispec.Index
+	manifest  *ocispec.Manifest
+}
+
+// manifest fetches, verifies and reads one document. want is the digest that it
+// must have, "" for a tag; declared is the media type that its descriptor gave.
+func (s *session) manifest(ctx context.Context, target string, want digest.Digest, declared string) (document, error) {
+	var raw []byte
+	var header http.Header
+	err := retry(ctx, s.resolving(), func(ctx context.Context) error {
+		resp, err := s.get(ctx, "manifests/"+target, http.Header{"Accept": {manifestAccept}})
+		if err != nil {
+			return err
+		}
+		header = resp.Header
+		raw, err = readBounded(resp, maxManifest)
+		return err
+	})
+	if err != nil {
+		return document{}, fmt.Errorf("manifest %s: %w", target, err)
+	}
+	d, err := verifyManifest(raw, want, header.Get("Docker-Content-Digest"))
+	if err != nil {
+		return document{}, fmt.Errorf("manifest %s: %w", target, err)
+	}
+	doc, err := parseManifest(raw, contentType(header), declared)
+	if err != nil {
+		return document{}, fmt.Errorf("manifest %s: %w", target, err)
+	}
+	doc.digest = d
+	return doc, nil
+}
+
+// verifyManifest computes the digest of raw and holds it against the one that
+// was asked for, or else, for a tag, against the one that the server claims.
+func verifyManifest(raw []byte, want digest.Digest, claimed string) (digest.Digest, error) {
+	who := "asked for"
+	if want == "" && claimed != "" {
+		want, who = digest.Digest(claimed), "Docker-Content-Digest says"
+		if err := checkDigest(want); err != nil {
+			return "", fmt.Errorf("Docker-Content-Digest: %w", err)
+		}
+	}
+	if want == "" {
+		return digest.FromBytes(raw), nil
+	}
+	if got := want.Algorithm().FromBytes(raw); got != want {
+		return "", fmt.Errorf("%s %s, but the %d bytes received have %s", who, want, len(raw), got)
+	}
+	return want, nil
+}
+
+func contentType(h http.Header) string {
+	t, _, err := mime.ParseMediaType(h.Get("Content-Type"))
+	if err != nil {
+		return "" // then the document itself has to tell
+	}
+	return t
+}
+
+// parseManifest reads a document. What it is, its own mediaType says; where that
+// is missing, the descriptor that led to it, the Content-Type, and at last its
+// shape. The shape must agree in any case: a document that is both an index and
+// a manifest would mean different images to different readers.
+func parseManifest(raw []byte, contentType, declared string) (document, error) {
+	var shape struct {
+		SchemaVersion int             `json:"schemaVersion"`
+		MediaType     string          `json:"mediaType"`
+		Manifests     json.RawMessage `json:"manifests"`
+		Config        json.RawMessage `json:"config"`
+		Layers        json.RawMessage `json:"layers"`
+		FSLayers      json.RawMessage `json:"fsLayers"`
+	}
+	if err := json.Unmarshal(raw, &shape); err != nil {
+		return document{}, fmt.Errorf("not JSON of the right form: %w", err)
+	}
+	mediaType := shape.MediaType
+	for _, t := range []string{declared, contentType} {
+		if mediaType == "" && (isIndexType(t) || isManifestType(t)) {
+			mediaType = t
+		}
+	}
+	likeIndex, likeManifest := shape.Manifests != nil, shape.Config != nil || shape.Layers != nil
+	switch {
+	case shape.SchemaVersion == 1, shape.FSLayers != nil, strings.HasPrefix(contentType, prefixDockerSchema1):
+		return document{}, errors.New("is of Docker's old schema 1; push the image again with a present-day tool")
+	case likeIndex && likeManifest:
+		return document{}, errors.New("is an index and a manifest at once; refused")
+	case mediaType == "" && likeIndex:
+		mediaType = ocispec.MediaTypeImageIndex
+	case mediaType == "" && likeManifest:
+		mediaType = ocispec.MediaTypeImageManifest
+	}
+	doc := document{mediaType: mediaType}
+	var err error
+	switch {
+	case isIndexType(mediaType) && !likeManifest:
+		doc.index = new(ocispec.Index)
+		err = json.Unmarshal(raw, doc.index)
+	case isManifestType(mediaType) && !likeIndex:
+		doc.manifest = new(ocispec.Manifest)
+		err = json.Unmarshal(raw, doc.manifest)
+	case isIndexType(mediaType), isManifestType(mediaType):
+		err = fmt.Errorf("calls itself %s but does not have the form of one", mediaType)
+	default:
+		err = fmt.Errorf("media type %q is neither an image index nor an image manifest", clean(mediaType, 100))
+	}
+	if err != nil {
+		return document{}, err
+	}
+	return doc, nil
+}

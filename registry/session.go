@@ -1,0 +1,157 @@
+package registry
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"sync/atomic"
+)
+
+// A session is what a Client knows of one repository.
+type session struct {
+	client  *Client
+	ref     Reference
+	auth    *authTransport
+	reached atomic.Bool // the registry has answered at least once
+}
+
+func (c *Client) session(ref Reference) *session {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.sessions[ref.name()]; s != nil {
+		return s
+	}
+	// Tag and digest are of one request; what is kept here is of them all.
+	ref.Tag, ref.Digest = "", ""
+	s := &session{client: c, ref: ref}
+	origin := func(ctx context.Context) (*url.URL, error) { return c.origin(ctx, ref.apiHost()) }
+	s.auth = &authTransport{
+		next: c.follow, ref: ref, keyring: c.keyring,
+		tokens: tokenService{next: c.follow, plainHTTP: c.plainHTTP, origin: origin},
+		tasks:  &c.tasks,
+		grants: map[challenge]grant{},
+	}
+	c.sessions[ref.name()] = s
+	return s
+}
+
+// resolving is the patience for finding an image. A host that nobody has
+// reached yet and that is not there is a mistake more often than an outage.
+func (s *session) resolving() *patience {
+	return &patience{limit: s.client.resolveWait, host: s.ref.Host, eager: !s.reached.Load()}
+}
+
+// reading is the patience for the bytes of a blob.
+func (s *session) reading() *patience {
+	return &patience{limit: s.client.errorWait, host: s.ref.Host}
+}
+
+// do sends one request for the repository, by one try. path is relative to it.
+func (s *session) do(ctx context.Context, method, path string, header http.Header) (*http.Response, error) {
+	origin, err := s.client.origin(ctx, s.ref.apiHost())
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, method, origin.JoinPath("v2", s.ref.Repository, path).String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(req.Header, header)
+	resp, err := s.auth.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	s.reached.Store(true)
+	return resp, nil
+}
+
+// get is do for an answer that must be a 200; everything else is an error.
+func (s *session) get(ctx context.Context, path string, header http.Header) (*http.Response, error) {
+	resp, err := s.do(ctx, http.MethodGet, path, header)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, statusError(resp, s.auth.hide)
+	}
+	return resp, nil
+}
+
+// readBounded reads a whole body of at most limit bytes and closes it.
+func readBounded(resp *http.Response, limit int64) ([]byte, error) {
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("%s: more than %d bytes", redact(resp.Request.URL), limit)
+	}
+	return b, nil
+}
+
+// origin returns where the API of host is: its scheme and host. For a loopback
+// host it has to ask.
+func (c *Client) origin(ctx context.Context, host string) (*url.URL, error) {
+	c.mu.Lock()
+	known := c.origins[host]
+	c.mu.Unlock()
+	if known != nil {
+		return known, nil
+	}
+	scheme := "https"
+	switch {
+	case c.plainHTTP:
+		scheme = "http"
+	case isLoopback(host):
+		var err error
+		if scheme, err = c.probe(ctx, host); err != nil {
+			return nil, err
+		}
+	}
+	u := &url.URL{Scheme: scheme, Host: host}
+	c.mu.Lock()
+	c.origins[host] = u
+	c.mu.Unlock()
+	return u, nil
+}
+
+// probe greets host by TLS. Whatever answers in HTTPS is HTTPS, and what
+// answers the greeting with something that is not TLS is plain HTTP; neither
+// would become the other, so it is asked only once.
+func (c *Client) probe(ctx context.Context, host string) (scheme string, err error) {
+	u := &url.URL{Scheme: "https", Host: host, Path: "/v2/"}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := c.wire.RoundTrip(req)
+	switch {
+	case err == nil:
+		discard(resp)
+		return "https", nil
+	case notTLS(err):
+		return "http", nil
+	}
+	return "", err
+}
+
+// isLoopback reports whether host, with or without a port, can only be this
+// machine.
+func isLoopback(host string) bool {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
+}

@@ -1,0 +1,90 @@
+package registry
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"time"
+)
+
+// A wireTransport is the last stage before net/http. It gives up on a peer that
+// is silent for too long, ends all requests when the Client is closed, and turns
+// what goes wrong into a *wireError without secrets.
+type wireTransport struct {
+	next       http.RoundTripper
+	queues     bool // next may hold a request back until a connection is free
+	noProgress time.Duration
+	base       context.Context // ends when the Client is closed
+	userAgent  string
+}
+
+func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(req.Context())
+	stopClose := context.AfterFunc(t.base, func() { cancel(errClosed) })
+	host := req.URL.Host
+	silence := time.AfterFunc(t.noProgress, func() {
+		cancel(&wireError{fmt.Errorf("no byte from %s for %v", host, t.noProgress)})
+	})
+	release := func() {
+		silence.Stop()
+		stopClose()
+		cancel(nil)
+	}
+	traced := ctx
+	if t.queues {
+		// Waiting for one of the connections that others hold is no silence.
+		silence.Stop()
+		traced = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+			GotConn: func(httptrace.GotConnInfo) { silence.Reset(t.noProgress) },
+		})
+	}
+	req = req.Clone(traced)
+	req.Header.Set("User-Agent", t.userAgent)
+	resp, err := t.next.RoundTrip(req)
+	silence.Stop()
+	if err != nil {
+		err = wireFailure(ctx, err)
+		release()
+		return nil, err
+	}
+	resp.Request = req
+	resp.Body = &wireBody{body: resp.Body, ctx: ctx, silence: silence, noProgress: t.noProgress, release: release}
+	return resp, nil
+}
+
+// wireFailure prefers the reason for which we ended the request ourselves to
+// what net/http makes of it.
+func wireFailure(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return &wireError{err}
+}
+
+// A wireBody is a body whose Read fails after noProgress without a byte. Time
+// between the Reads does not count.
+type wireBody struct {
+	body       io.ReadCloser
+	ctx        context.Context
+	silence    *time.Timer
+	noProgress time.Duration
+	release    func()
+}
+
+func (b *wireBody) Read(p []byte) (int, error) {
+	b.silence.Reset(b.noProgress)
+	n, err := b.body.Read(p)
+	b.silence.Stop()
+	if err != nil && err != io.EOF {
+		err = wireFailure(b.ctx, err)
+	}
+	return n, err
+}
+
+func (b *wireBody) Close() error {
+	err := b.body.Close()
+	b.release()
+	return err
+}

@@ -1,0 +1,128 @@
+package fakeregistry
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	tokenPath = "/token"
+	service   = "fakeregistry"
+	anyScope  = "*"
+)
+
+// tokens is the token service and what it has given out.
+type tokens struct {
+	opts Options
+
+	mu     sync.Mutex
+	issued map[string]given
+}
+
+type given struct {
+	scope   string
+	expires time.Time
+}
+
+func newTokens(o Options) *tokens { return &tokens{opts: o, issued: map[string]given{}} }
+
+func (t *tokens) issue(scope string) string {
+	token := rand.Text()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.issued[token] = given{scope, time.Now().Add(t.opts.TokenLife)}
+	return token
+}
+
+func (t *tokens) revoke() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	clear(t.issued)
+}
+
+func (t *tokens) accepts(token, scope string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	g, ok := t.issued[token]
+	return ok && time.Now().Before(g.expires) && (g.scope == anyScope || g.scope == scope)
+}
+
+// ServeHTTP is the token service: a GET with Basic credentials, or a POST with
+// an identity token.
+func (t *tokens) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	if err := req.ParseForm(); err != nil {
+		refuse(w, http.StatusBadRequest, "BAD_REQUEST", "the form cannot be read")
+		return
+	}
+	if req.Form.Get("service") != service {
+		refuse(w, http.StatusBadRequest, "BAD_SERVICE", "this is another service")
+		return
+	}
+	if !t.knows(req) {
+		refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "incorrect username or password")
+		return
+	}
+	answer := map[string]any{"expires_in": t.opts.TokenLife.Seconds()}
+	name := "token"
+	if req.Method == http.MethodPost {
+		name = "access_token"
+	}
+	answer[name] = t.issue(req.Form.Get("scope"))
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(answer) // the client's loss
+}
+
+func (t *tokens) knows(req *http.Request) bool {
+	if req.Method == http.MethodPost {
+		return t.opts.IdentityToken != "" && req.PostForm.Get("grant_type") == "refresh_token" &&
+			req.PostForm.Get("refresh_token") == t.opts.IdentityToken
+	}
+	user, password, ok := req.BasicAuth()
+	if t.opts.Username == "" {
+		return !ok
+	}
+	return ok && user == t.opts.Username && password == t.opts.Password
+}
+
+// authenticate lets a request through to the endpoints, or challenges it.
+func (r *Registry) authenticate(w http.ResponseWriter, req *http.Request) {
+	if req.URL.Path == tokenPath && r.opts.Auth == Bearer {
+		r.tokens.ServeHTTP(w, req)
+		return
+	}
+	scope := scopeOf(req)
+	switch r.opts.Auth {
+	case Basic:
+		user, password, ok := req.BasicAuth()
+		if !ok || user != r.opts.Username || password != r.opts.Password {
+			w.Header().Set("WWW-Authenticate", `Basic realm="fakeregistry", charset="UTF-8"`)
+			refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "authentication required")
+			return
+		}
+	case Bearer:
+		token, ok := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
+		if !ok || !r.tokens.accepts(token, scope) {
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s%s",service=%q,scope=%q`, r.URL(), tokenPath, service, scope))
+			refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "authentication required")
+			return
+		}
+	}
+	r.mux.ServeHTTP(w, req)
+}
+
+// scopeOf is the scope that a request needs: its repository, pull or both.
+func scopeOf(req *http.Request) string {
+	repo, _, _, ok := splitPath(req.URL.Path)
+	if !ok {
+		return ""
+	}
+	if req.Method == http.MethodGet || req.Method == http.MethodHead {
+		return "repository:" + repo + ":pull"
+	}
+	return "repository:" + repo + ":pull,push"
+}

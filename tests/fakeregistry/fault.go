@@ -1,0 +1,162 @@
+package fakeregistry
+
+import (
+	"net/http"
+	"time"
+)
+
+// A Fault is what goes wrong with one request. The zero value is nothing.
+//
+// Handler and Status take the registry's place; Header, Break and Stall work on
+// any answer.
+type Fault struct {
+	Handler http.Handler // gives the whole answer
+	Status  int          // refuses with this status and an error document
+	Header  http.Header  // laid over the answer's header; an empty list removes
+
+	// After so many bytes of the body (below 0: before the header)
+	After int64
+	Break bool            // the connection breaks
+	Stall <-chan struct{} // nothing is sent until the channel is closed
+}
+
+// handle is the way of every request.
+func (r *Registry) handle(s *server, w http.ResponseWriter, req *http.Request) {
+	e := r.count(req)
+	r.mu.Lock()
+	latency, link, decide := r.latency, r.link, r.fault
+	r.mu.Unlock()
+	var f *Fault
+	if decide != nil {
+		f = decide(req)
+	}
+	if f == nil {
+		f = &Fault{}
+	}
+	out := &answer{w: w, entry: e, link: link, fault: f, left: f.After, gone: req.Context().Done(), stopped: s.done}
+	out.pause(latency)
+	if f.After < 0 {
+		out.trip()
+	}
+	switch {
+	case f.Handler != nil:
+		f.Handler.ServeHTTP(out, req)
+	case f.Status != 0:
+		refuse(out, f.Status, "FAULT", "a fault was asked for")
+	default:
+		r.authenticate(out, req)
+	}
+	out.end()
+}
+
+// An answer is a ResponseWriter that counts, is slow, and has a fault.
+type answer struct {
+	w             http.ResponseWriter
+	entry         *entry
+	link          *link
+	fault         *Fault
+	left          int64           // bytes until the fault; below 0: it is over
+	gone, stopped <-chan struct{} // the client; the server
+	status        int
+}
+
+func (a *answer) Header() http.Header { return a.w.Header() }
+
+func (a *answer) WriteHeader(status int) {
+	if a.status != 0 {
+		return
+	}
+	a.status = status
+	for name, values := range a.fault.Header {
+		a.w.Header()[http.CanonicalHeaderKey(name)] = values
+	}
+	a.entry.answered(status)
+	a.w.WriteHeader(status)
+}
+
+// writeUnit is how much passes the link at once: small enough for the delays of
+// a slow one to be even.
+const writeUnit = 16 << 10
+
+func (a *answer) Write(p []byte) (int, error) {
+	if a.status == 0 {
+		a.WriteHeader(http.StatusOK)
+	}
+	written := 0
+	for len(p) > 0 {
+		n := min(len(p), writeUnit)
+		if a.left >= 0 && a.faulty() {
+			if a.left == 0 {
+				a.trip()
+				continue
+			}
+			n = int(min(int64(n), a.left))
+			a.left -= int64(n)
+		}
+		a.pause(a.link.take(n))
+		a.entry.sent(int64(n))
+		m, err := a.w.Write(p[:n])
+		written += m
+		if err != nil {
+			return written, err
+		}
+		p = p[n:]
+	}
+	return written, nil
+}
+
+// Flush sends what was written so far.
+func (a *answer) Flush() {
+	// A writer that cannot flush sends when it likes.
+	_ = http.NewResponseController(a.w).Flush()
+}
+
+func (a *answer) faulty() bool { return a.fault.Break || a.fault.Stall != nil }
+
+// end is reached when the body is complete. A fault that lies exactly at its end
+// still happens: the client has every byte, but not the end.
+func (a *answer) end() {
+	if a.left == 0 && a.faulty() {
+		if a.status == 0 {
+			a.WriteHeader(http.StatusOK)
+		}
+		a.trip()
+	}
+}
+
+// trip is the moment of the fault.
+func (a *answer) trip() {
+	if a.status != 0 {
+		a.Flush()
+	}
+	a.left = -1
+	if a.fault.Stall != nil {
+		a.wait(a.fault.Stall)
+	}
+	if a.fault.Break {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// pause lets d pass.
+func (a *answer) pause(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	passed := make(chan struct{})
+	t := time.AfterFunc(d, func() { close(passed) })
+	defer t.Stop()
+	a.wait(passed)
+}
+
+// wait ends the request on the spot when its client or the server is gone: a
+// server that dies says nothing more.
+func (a *answer) wait(event <-chan struct{}) {
+	select {
+	case <-event:
+	case <-a.gone:
+		panic(http.ErrAbortHandler)
+	case <-a.stopped:
+		panic(http.ErrAbortHandler)
+	}
+}

@@ -1,0 +1,97 @@
+package fakeregistry
+
+import "net/http"
+
+// Stats counts what a registry was asked for since New or ResetStats. A request
+// is counted when it arrives, a byte just before it is sent: whoever has
+// received something finds it counted.
+type Stats struct {
+	Requests     int
+	ManifestGETs int
+	BlobHEADs    int
+	BlobGETs     int   // whatever the answer
+	BlobBytes    int64 // of bodies of blob GETs answered with 200 or 206
+	Tokens       int   // requests to the token service
+}
+
+// A Request is a line of the log.
+type Request struct {
+	Method     string
+	Path       string
+	Range      string // the Range header
+	Status     int    // 0: not answered yet, or never
+	Bytes      int64  // of the body, so far
+	Authorized bool   // whether there was an Authorization header
+	Proto      string // HTTP/1.1 or HTTP/2.0
+}
+
+// Stats returns the counts so far.
+func (r *Registry) Stats() Stats {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.stats
+}
+
+// Requests returns the log so far, in the order of arrival.
+func (r *Registry) Requests() []Request {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	list := make([]Request, len(r.log))
+	for i, l := range r.log {
+		list[i] = *l
+	}
+	return list
+}
+
+// ResetStats begins anew with both.
+func (r *Registry) ResetStats() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stats, r.log = Stats{}, nil
+}
+
+// An entry counts one request; line is guarded by the registry's mutex.
+type entry struct {
+	registry *Registry
+	line     *Request
+	isBlob   bool // a GET of a blob
+}
+
+func (r *Registry) count(req *http.Request) *entry {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := &entry{registry: r, line: &Request{
+		Method: req.Method, Path: req.URL.Path, Range: req.Header.Get("Range"),
+		Authorized: req.Header.Get("Authorization") != "", Proto: req.Proto,
+	}}
+	r.log = append(r.log, e.line)
+	r.stats.Requests++
+	_, kind, _, _ := splitPath(req.URL.Path)
+	switch {
+	case req.URL.Path == tokenPath:
+		r.stats.Tokens++
+	case kind == "manifests" && req.Method == http.MethodGet:
+		r.stats.ManifestGETs++
+	case kind == "blobs" && req.Method == http.MethodGet:
+		r.stats.BlobGETs++
+		e.isBlob = true
+	case kind == "blobs" && req.Method == http.MethodHead:
+		r.stats.BlobHEADs++
+	}
+	return e
+}
+
+func (e *entry) answered(status int) {
+	e.registry.mu.Lock()
+	defer e.registry.mu.Unlock()
+	e.line.Status = status
+}
+
+func (e *entry) sent(n int64) {
+	e.registry.mu.Lock()
+	defer e.registry.mu.Unlock()
+	e.line.Bytes += n
+	if e.isBlob && (e.line.Status == http.StatusOK || e.line.Status == http.StatusPartialContent) {
+		e.registry.stats.BlobBytes += n
+	}
+}
