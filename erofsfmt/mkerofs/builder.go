@@ -1,0 +1,328 @@
+// Package mkerofs builds EROFS images. A Builder is told the tree, an entry at a time and in any order in which a
+// hard link comes after its target; Finish lays it out and writes it.
+//
+//	 0      1024         metadata                                                      data
+//	┌──────┬────────────┬───────────────────────────────────────┬──────────────────┬───────────────────────┐
+//	│ zero │ superblock │ inodes, each with its xattrs and what │ directories that │ regular files, each   │
+//	│      │  to block  │ is short: directories, link targets   │ have whole blocks│ from a block's start  │
+//	└──────┴────────────┴───────────────────────────────────────┴──────────────────┴───────────────────────┘
+//	                     root; then the entries of a directory side by side, directory by directory
+//
+// All metadata lies together at the front, so that listing a tree reads one run of bytes. What a file holds is asked
+// for in Finish, in the order of the disk, and passes through: memory is needed for the tree only, and a source that
+// cannot be read at any time (a tar stream) is spooled by whoever has it. The superblock is written last, so that a
+// build that broke off is no image.
+//
+// The image is a function of the entries and the options: not of the order of Add, of the clock or of chance. The UUID,
+// where none is given, is derived from everything else.
+//
+// An inode takes 32 bytes where its ids, link count and size fit in the compact form and its time is the superblock's,
+// for which the most frequent one is taken; else 64. (Linux since 6.15 would give compact inodes times of their own;
+// older ones would show wrong ones.)
+//
+// The package does not read directories or tar files, compress, share xattrs between inodes or write chunk-based
+// files, extra devices or 48-bit block addresses.
+package mkerofs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math"
+	"math/bits"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
+)
+
+// Options of an image. The zero value works.
+type Options struct {
+	BlockSize int      // a power of two from 512 to 65536; 4096 if zero. Linux mounts those up to its page size
+	Label     string   // volume name, at most 16 bytes
+	UUID      [16]byte // derived from the image if zero
+	// InlineMax bytes at the end of a regular file, those that do not fill a block, lie behind its inode instead of
+	// in a block of their own. It makes images smaller, and metadata larger by file data. At most half a block.
+	InlineMax int
+}
+
+// The types of Entry.Mode, as stat(2) has them.
+const (
+	ModeType    = 0o170000
+	ModeSocket  = 0o140000
+	ModeSymlink = 0o120000
+	ModeRegular = 0o100000
+	ModeBlock   = 0o060000
+	ModeDir     = 0o040000
+	ModeChar    = 0o020000
+	ModeFifo    = 0o010000
+)
+
+// Entry is a path of the tree and what is there.
+type Entry struct {
+	Path string // from the root, parted by slashes, without a leading one; "." is the root itself
+	Link string // path of an earlier entry, not a directory, that this is another name of; no other field counts then
+
+	Mode     uint32 // type and permissions, as st_mode of stat(2)
+	UID, GID uint32
+	Mtime    time.Time
+	Xattrs   map[string][]byte // by full name; system.posix_acl_access and _default in the kernel's form
+
+	Target       string // of a symbolic link
+	Major, Minor uint32 // of a device
+	Size         int64  // of a regular file
+	// Open gives exactly Size bytes. It is called by Finish, once, unless Size is 0.
+	Open func() (io.ReadCloser, error)
+}
+
+// A node is an inode to be: an entry, however many names it has, and where it will lie.
+type node struct {
+	Entry
+	children map[string]*node // of a directory
+	parent   *node            // of a directory
+	names    []string         // of a directory, in the order of the disk, with "." and ".."
+	xattrs   []byte           // as on disk
+	place
+}
+
+// Builder makes one image. It is not safe for parallel use.
+type Builder struct {
+	w         io.WriterAt
+	options   Options
+	blockBits int
+	root      *node
+	finished  bool
+}
+
+const defaultBlockSize = 4096
+
+// New begins an image that Finish writes to w. What w had there before does not matter: every byte is written.
+func New(w io.WriterAt, o Options) (*Builder, error) {
+	if o.BlockSize == 0 {
+		o.BlockSize = defaultBlockSize
+	}
+	blockBits := bits.Len(uint(o.BlockSize)) - 1
+	if o.BlockSize != 1<<blockBits || blockBits < ondisk.MinBlockBits || blockBits > ondisk.MaxBlockBits {
+		return nil, fmt.Errorf("block size %d: must be a power of two from %d to %d", o.BlockSize, 1<<ondisk.MinBlockBits, 1<<ondisk.MaxBlockBits)
+	}
+	if most := len(ondisk.Super{}.VolumeName); len(o.Label) > most {
+		return nil, fmt.Errorf("label %q: longer than %d bytes", o.Label, most)
+	}
+	if o.InlineMax < 0 || o.InlineMax > o.BlockSize/2 {
+		return nil, fmt.Errorf("inline tails of %d bytes: must be from 0 to half a block, %d", o.InlineMax, o.BlockSize/2)
+	}
+	b := &Builder{w: w, options: o, blockBits: blockBits}
+	b.root = impliedDir()
+	return b, nil
+}
+
+// impliedDir is a directory that nothing has been said of: the root, or the parent of an entry.
+func impliedDir() *node {
+	return &node{Entry: Entry{Mode: ModeDir | 0o755, Mtime: time.Unix(0, 0)}, children: make(map[string]*node)}
+}
+
+// Add puts e into the tree. Directories on its way that are missing are made, with mode 0755, owner 0 and time 0,
+// until an entry of their own comes. Where something is already at the path, e takes its place; a directory that
+// takes the place of a directory keeps what is in it. Of e, Open alone is used later.
+func (b *Builder) Add(e Entry) error {
+	if b.finished {
+		return fmt.Errorf("add %q: the image is finished", e.Path)
+	}
+	if err := b.add(e); err != nil {
+		return fmt.Errorf("add %q: %w", e.Path, err)
+	}
+	return nil
+}
+
+func (b *Builder) add(e Entry) error {
+	path, err := splitPath(e.Path)
+	if err != nil {
+		return err
+	}
+	n, err := b.newNode(e)
+	if err != nil {
+		return err
+	}
+	if len(path) == 0 {
+		if n.Mode&ModeType != ModeDir {
+			return errors.New("the root must be a directory")
+		}
+		n.children = b.root.children
+		b.root = n
+		return nil
+	}
+	dir, err := b.mkdirAll(path[:len(path)-1])
+	if err != nil {
+		return err
+	}
+	name := path[len(path)-1]
+	if old := dir.children[name]; old != nil && old.children != nil && n.children != nil {
+		n.children = old.children
+	}
+	dir.children[name] = n
+	return nil
+}
+
+// newNode checks e and gives its node, which for a hard link is the one that is there already.
+func (b *Builder) newNode(e Entry) (*node, error) {
+	if e.Link != "" {
+		return b.linkTarget(e.Link)
+	}
+	if err := checkEntry(e); err != nil {
+		return nil, err
+	}
+	xattrs, err := encodeXattrs(e.Xattrs)
+	if err != nil {
+		return nil, err
+	}
+	n := &node{Entry: e, xattrs: xattrs}
+	n.Xattrs = nil // they are encoded
+	switch e.Mode & ModeType {
+	case ModeDir:
+		n.children = make(map[string]*node)
+		n.Size = 0
+	case ModeSymlink:
+		n.Size = int64(len(e.Target))
+	case ModeRegular:
+	default:
+		n.Size = 0
+	}
+	return n, nil
+}
+
+func (b *Builder) linkTarget(link string) (*node, error) {
+	path, err := splitPath(link)
+	if err != nil {
+		return nil, fmt.Errorf("hard link: %w", err)
+	}
+	n := b.root
+	for _, name := range path {
+		n = n.children[name] // nil for what is no directory
+		if n == nil {
+			return nil, fmt.Errorf("hard link to %q, which was not added", link)
+		}
+	}
+	if n.children != nil {
+		return nil, fmt.Errorf("hard link to %q, which is a directory", link)
+	}
+	return n, nil
+}
+
+func (b *Builder) mkdirAll(path []string) (*node, error) {
+	dir := b.root
+	for i, name := range path {
+		next := dir.children[name]
+		if next == nil {
+			next = impliedDir()
+			dir.children[name] = next
+		}
+		if next.children == nil {
+			return nil, fmt.Errorf("%q is not a directory", strings.Join(path[:i+1], "/"))
+		}
+		dir = next
+	}
+	return dir, nil
+}
+
+// splitPath takes a path apart and refuses whatever could leave the tree or has no place in a directory.
+func splitPath(path string) ([]string, error) {
+	if path == "." {
+		return nil, nil
+	}
+	names := strings.Split(path, "/")
+	for _, name := range names {
+		switch {
+		case name == "" || name == "." || name == "..":
+			return nil, fmt.Errorf("path %q: must be relative to the root, without empty, . or .. parts", path)
+		case len(name) > ondisk.NameLen:
+			return nil, fmt.Errorf("name %.40q… of %d bytes: longer than %d", name, len(name), ondisk.NameLen)
+		case strings.Contains(name, "\x00"):
+			return nil, fmt.Errorf("name %q: has a NUL", name)
+		}
+	}
+	return names, nil
+}
+
+// Linux gives a device number 12 bits of major and 20 of minor, and a link target less than a page.
+const (
+	maxMajor  = 1<<12 - 1
+	maxMinor  = 1<<20 - 1
+	maxTarget = 4095
+)
+
+func checkEntry(e Entry) error {
+	if e.Mode > 0o177777 {
+		return fmt.Errorf("mode %#o: has more than 16 bits", e.Mode)
+	}
+	switch e.Mode & ModeType {
+	case ModeDir, ModeFifo, ModeSocket:
+	case ModeRegular:
+		if e.Size < 0 || e.Size > 0 && e.Open == nil {
+			return fmt.Errorf("size %d: must not be negative, and needs Open where it is not 0", e.Size)
+		}
+	case ModeSymlink:
+		if len(e.Target) == 0 || len(e.Target) > maxTarget || strings.Contains(e.Target, "\x00") {
+			return fmt.Errorf("link target of %d bytes: must have 1 to %d, and no NUL", len(e.Target), maxTarget)
+		}
+	case ModeChar, ModeBlock:
+		if e.Major > maxMajor || e.Minor > maxMinor {
+			return fmt.Errorf("device %d:%d: must be at most %d:%d", e.Major, e.Minor, maxMajor, maxMinor)
+		}
+	default:
+		return fmt.Errorf("mode %#o: unknown type", e.Mode)
+	}
+	return nil
+}
+
+// encodeXattrs gives what stands between an inode and its tail: a header without shared xattrs, then the entries by
+// name. Nothing at all for none (fs/erofs/xattr.c erofs_init_inode_xattrs).
+func encodeXattrs(xattrs map[string][]byte) ([]byte, error) {
+	if len(xattrs) == 0 {
+		return nil, nil
+	}
+	b := ondisk.XattrHeader{}.Append(nil)
+	for _, name := range slices.Sorted(maps.Keys(xattrs)) {
+		index, suffix, err := xattrIndex(name)
+		if err != nil {
+			return nil, err
+		}
+		value := xattrs[name]
+		if len(value) > math.MaxUint16 {
+			return nil, fmt.Errorf("xattr %s: value of %d bytes is longer than %d", name, len(value), math.MaxUint16)
+		}
+		b = ondisk.XattrEntry{NameLen: uint8(len(suffix)), NameIndex: index, ValueSize: uint16(len(value))}.Append(b)
+		b = append(append(b, suffix...), value...)
+		b = append(b, make([]byte, -len(b)&3)...)
+	}
+	if most := ondisk.XattrHeaderSize + 4*(math.MaxUint16-1); len(b) > most {
+		return nil, fmt.Errorf("xattrs take %d bytes, an inode can have %d", len(b), most)
+	}
+	return b, nil
+}
+
+// xattrIndex splits a full name as Linux does: the ACLs are an index alone, without a suffix.
+func xattrIndex(name string) (uint8, string, error) {
+	for _, p := range []struct {
+		prefix string
+		index  uint8
+		whole  bool
+	}{
+		{"user.", ondisk.XattrUser, false},
+		{"trusted.", ondisk.XattrTrusted, false},
+		{"security.", ondisk.XattrSecurity, false},
+		{"system.posix_acl_access", ondisk.XattrPosixAclAccess, true},
+		{"system.posix_acl_default", ondisk.XattrPosixAclDefault, true},
+	} {
+		suffix, ok := strings.CutPrefix(name, p.prefix)
+		if !ok || p.whole != (suffix == "") {
+			continue
+		}
+		if len(suffix) > math.MaxUint8 || strings.Contains(suffix, "\x00") {
+			return 0, "", fmt.Errorf("xattr %.80q: must have at most %d bytes behind %s, and no NUL", name, math.MaxUint8, p.prefix)
+		}
+		return p.index, suffix, nil
+	}
+	return 0, "", fmt.Errorf("xattr %.80q: EROFS has no place for it; drop it, or store it as user., trusted., security. or an ACL", name)
+}

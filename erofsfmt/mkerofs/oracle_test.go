@@ -1,0 +1,195 @@
+package mkerofs
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"os"
+	"os/exec"
+	"path"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/erofs-oci/erofs-oci/erofsfmt"
+	"github.com/erofs-oci/erofs-oci/tests/corpus"
+	"github.com/erofs-oci/erofs-oci/tests/require"
+	"github.com/erofs-oci/erofs-oci/tests/sourcetest"
+	"github.com/erofs-oci/erofs-oci/tests/tree"
+)
+
+// The kernel shows exactly what was added.
+func TestKernelReadsImages(t *testing.T) {
+	require.Has(t, "root", "kernel-erofs")
+	for _, im := range images(t) {
+		if im.options.BlockSize > os.Getpagesize() {
+			continue // which Linux refuses
+		}
+		t.Run(im.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := unix.Mount(im.build(t), dir, "erofs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
+				t.Fatalf("mount: %v", err)
+			}
+			defer func() {
+				if err := unix.Unmount(dir, 0); err != nil {
+					t.Error(err)
+				}
+			}()
+			got, err := tree.Walk(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, diff := range tree.Diff(wanted(t, im.entries), got, tree.Ino) {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+// Our own reader shows exactly what was added, with every block size, and finds every name.
+func TestReaderReadsImages(t *testing.T) {
+	for _, im := range images(t) {
+		t.Run(im.name, func(t *testing.T) {
+			var m memory
+			buildTo(t, &m, im.options, im.entries)
+			image, err := erofsfmt.Open(context.Background(), sourcetest.Memory(m))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := reading{t: t, image: image}
+			r.visit(".", image.Root())
+			for _, diff := range tree.Diff(wanted(t, im.entries), r.entries, tree.Ino) {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+// A reading collects what a tree holds.
+type reading struct {
+	t       *testing.T
+	image   *erofsfmt.Image
+	entries []corpus.Entry
+}
+
+func (r *reading) must(name string, err error) {
+	if err != nil {
+		r.t.Fatalf("%.80q: %v", name, err)
+	}
+}
+
+func (r *reading) visit(name string, nid erofsfmt.Nid) {
+	ctx := context.Background()
+	ino, err := r.image.Inode(ctx, nid)
+	r.must(name, err)
+	r.entries = append(r.entries, r.entry(name, &ino))
+	if !ino.IsDir() {
+		return
+	}
+	var names []erofsfmt.Dirent
+	r.must(name, r.image.ReadDir(ctx, &ino, 0, func(e erofsfmt.Dirent) bool {
+		names = append(names, e)
+		return true
+	}))
+	for _, e := range names {
+		if found, err := r.image.Lookup(ctx, &ino, e.Name); err != nil || found != e.Nid {
+			r.t.Errorf("%.80q in %.80q: lookup gives nid %d, %v; readdir %d", e.Name, name, found, err, e.Nid)
+		}
+		if e.Name != "." && e.Name != ".." {
+			r.visit(path.Join(name, e.Name), e.Nid)
+		}
+	}
+}
+
+func (r *reading) entry(name string, ino *erofsfmt.Inode) corpus.Entry {
+	ctx := context.Background()
+	e := corpus.Entry{
+		Path: name, Mode: ino.Mode, UID: ino.UID, GID: ino.GID, Nlink: ino.Nlink, MtimeNs: ino.Mtime*1e9 + int64(ino.MtimeNsec),
+	}
+	var err error
+	switch ino.Mode & ModeType {
+	case ModeRegular:
+		data := make([]byte, ino.Size)
+		r.must(name, r.image.ReadFile(ctx, ino, data, 0))
+		sum := sha256.Sum256(data)
+		e.Size, e.SHA256 = ino.Size, hex.EncodeToString(sum[:])
+	case ModeSymlink:
+		e.Size = ino.Size
+		e.Target, err = r.image.Readlink(ctx, ino)
+		r.must(name, err)
+	case ModeChar, ModeBlock:
+		e.Rdev = &[2]uint32{ino.Major(), ino.Minor()}
+	}
+	attrs, err := r.image.Xattrs(ctx, ino)
+	r.must(name, err)
+	for _, attr := range attrs {
+		if e.Xattrs == nil {
+			e.Xattrs = make(map[string][]byte)
+		}
+		e.Xattrs[attr], err = r.image.Xattr(ctx, ino, attr)
+		r.must(name, err)
+	}
+	return e
+}
+
+// fsck.erofs, asked to read everything, has nothing to say. The version of Debian 12 knows blocks of 4 KiB only.
+func TestFsckIsContent(t *testing.T) {
+	require.Has(t, "mkfs.erofs")
+	for _, im := range images(t) {
+		if im.options.BlockSize != 0 && im.options.BlockSize != 4096 {
+			continue
+		}
+		t.Run(im.name, func(t *testing.T) {
+			out, err := exec.Command("fsck.erofs", "--extract", im.build(t)).CombinedOutput()
+			said := strings.TrimSpace(strings.ReplaceAll(string(out), "<I> erofs: No errors found", ""))
+			if err != nil || said != "" {
+				t.Errorf("fsck.erofs: %v\n%s", err, out)
+			}
+		})
+	}
+}
+
+// A damaged image shows that fsck.erofs looked.
+func TestFsckIsNotContent(t *testing.T) {
+	require.Has(t, "mkfs.erofs")
+	name := image{entries: []Entry{regular("file", time.Unix(0, 0), nil)}}.build(t)
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(data, []byte("...file")) // the names of the root
+	if at < 0 {
+		t.Fatal("the root's names are not in the image")
+	}
+	copy(data[at:], "...\x00ile")
+	if err := os.WriteFile(name, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("fsck.erofs", "--extract", name).CombinedOutput(); err == nil {
+		t.Errorf("fsck.erofs likes a name that begins with a NUL: %s", out)
+	}
+}
+
+// dump.erofs reads the superblock as it was meant.
+func TestDumpSeesSuperblock(t *testing.T) {
+	require.Has(t, "mkfs.erofs")
+	im := image{options: Options{Label: "label", UUID: [16]byte{0: 0xfe, 15: 1}}, entries: edgeTree(4096)}
+	cmd := exec.Command("dump.erofs", "-s", im.build(t))
+	cmd.Env = append(os.Environ(), "TZ=UTC")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("dump.erofs: %v\n%s", err, out)
+	}
+	info := strings.Join(strings.Fields(string(out)), " ")
+	for _, want := range []string{
+		"root nid: 128", "Filesystem features: sb_csum mtime", "UUID: fe000000-0000-0000-0000-000000000001",
+		"inode metadata start block: 0", "inode count: 1297", "created: Tue Nov 14 22:13:20 2023",
+	} {
+		if !strings.Contains(info, want) {
+			t.Errorf("dump.erofs does not say %q:\n%s", want, out)
+		}
+	}
+}
