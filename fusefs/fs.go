@@ -1,0 +1,200 @@
+// Package fusefs serves an erofsfmt.Image over FUSE.
+//
+// It translates: a FUSE request to a call of the reader, the reader's answer to
+// FUSE's form, an error to an errno (errno.go, the only place). It keeps no
+// state for a node or an open file:
+//
+//   - a FUSE node id is computed from the EROFS nid and back (nodeid.go), so
+//     FORGET has nothing to do and memory does not grow with the tree;
+//   - OPEN and OPENDIR are answered with ENOSYS where the kernel takes that for
+//     "never ask again", so that opening costs no request and the page cache is
+//     kept;
+//   - a READDIR cookie is the position of an entry, as in the kernel's erofs.
+//
+// The image cannot change, so entries and attributes, and names that are not
+// there, are valid for ever.
+//
+// A request is not ended by an interrupt: the runtime of a Go program interrupts
+// its own system calls all the time, and a stat(2) must not fail of it. How long
+// a request may wait is bounded below, by the source's deadlines.
+package fusefs
+
+import (
+	"context"
+	"log/slog"
+	"syscall"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/erofs-oci/erofs-oci/erofsfmt"
+)
+
+// forever is the validity of entries and attributes, in seconds. The kernel
+// takes what exceeds its clock for its clock's end.
+const forever = 1 << 32
+
+// nameMax is the longest name that EROFS can hold.
+const nameMax = 255
+
+// capNoOpendir is FUSE_NO_OPENDIR_SUPPORT of linux/fuse.h (5.1).
+const capNoOpendir = 1 << 24
+
+// fileSystem answers requests. RawFileSystem's default answers ENOSYS to
+// whatever is not here.
+type fileSystem struct {
+	fuse.RawFileSystem
+	// ctx is the life of the mount.
+	ctx  context.Context
+	im   *erofsfmt.Image
+	sb   erofsfmt.Superblock
+	ids  nodeIDs
+	errs *errorLog
+	// noOpen and noOpendir are set by Init, before the first request.
+	noOpen, noOpendir bool
+}
+
+func newFileSystem(ctx context.Context, im *erofsfmt.Image, log *slog.Logger) *fileSystem {
+	return &fileSystem{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		ctx:           ctx,
+		im:            im,
+		sb:            im.Super(),
+		ids:           nodeIDs{root: im.Root()},
+		errs:          newErrorLog(log),
+	}
+}
+
+func (f *fileSystem) String() string { return "erofs-oci" }
+
+func (f *fileSystem) Init(s *fuse.Server) {
+	flags := s.KernelSettings().Flags64()
+	f.noOpen = flags&fuse.CAP_NO_OPEN_SUPPORT != 0
+	f.noOpendir = flags&capNoOpendir != 0
+}
+
+// inode reads the inode behind a FUSE node id.
+func (f *fileSystem) inode(node uint64) (erofsfmt.Inode, error) {
+	return f.im.Inode(f.ctx, f.ids.nid(node))
+}
+
+func (f *fileSystem) Lookup(_ <-chan struct{}, header *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	if len(name) > nameMax {
+		return fuse.Status(syscall.ENAMETOOLONG)
+	}
+	dir, err := f.inode(header.NodeId)
+	if err != nil {
+		return f.fail("lookup", header.NodeId, err)
+	}
+	nid, err := f.im.Lookup(f.ctx, &dir, name)
+	if isNotExist(err) {
+		// Node id 0 with a validity is a negative entry.
+		out.NodeId, out.EntryValid = 0, forever
+		return fuse.OK
+	}
+	if err != nil {
+		return f.fail("lookup", header.NodeId, err)
+	}
+	ino, err := f.im.Inode(f.ctx, nid)
+	if err != nil {
+		return f.fail("lookup", header.NodeId, err)
+	}
+	f.fillEntry(&ino, out)
+	return fuse.OK
+}
+
+func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	ino, err := f.inode(in.NodeId)
+	if err != nil {
+		return f.fail("getattr", in.NodeId, err)
+	}
+	out.AttrValid = forever
+	f.fillAttr(&ino, &out.Attr)
+	return fuse.OK
+}
+
+func (f *fileSystem) Readlink(_ <-chan struct{}, header *fuse.InHeader) ([]byte, fuse.Status) {
+	ino, err := f.inode(header.NodeId)
+	if err != nil {
+		return nil, f.fail("readlink", header.NodeId, err)
+	}
+	target, err := f.im.Readlink(f.ctx, &ino)
+	if err != nil {
+		return nil, f.fail("readlink", header.NodeId, err)
+	}
+	return []byte(target), fuse.OK
+}
+
+func (f *fileSystem) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	if f.noOpen {
+		return fuse.ENOSYS
+	}
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE
+	return fuse.OK
+}
+
+func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	if f.noOpendir {
+		return fuse.ENOSYS
+	}
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_CACHE_DIR
+	return fuse.OK
+}
+
+func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	ino, err := f.inode(in.NodeId)
+	if err != nil {
+		return nil, f.fail("read", in.NodeId, err)
+	}
+	size := uint64(ino.Size)
+	if in.Offset >= size {
+		return fuse.ReadResultData(nil), fuse.OK
+	}
+	buf = buf[:min(uint64(len(buf)), uint64(in.Size), size-in.Offset)]
+	if err := f.im.ReadFile(f.ctx, &ino, buf, int64(in.Offset)); err != nil {
+		return nil, f.fail("read", in.NodeId, err)
+	}
+	return fuse.ReadResultData(buf), fuse.OK
+}
+
+func (f *fileSystem) StatFs(_ <-chan struct{}, header *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	out.Bsize = uint32(f.sb.BlockSize())
+	out.Frsize = out.Bsize
+	out.Blocks = f.sb.Blocks
+	out.Files = f.sb.Inodes
+	out.NameLen = nameMax
+	return fuse.OK
+}
+
+// Flush has nothing to do, ever: ENOSYS spares close(2) the request.
+func (f *fileSystem) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
+
+// Access is not asked for: default_permissions lets the kernel decide.
+func (f *fileSystem) Access(<-chan struct{}, *fuse.AccessIn) fuse.Status { return fuse.ENOSYS }
+
+func (f *fileSystem) fillEntry(ino *erofsfmt.Inode, out *fuse.EntryOut) {
+	out.NodeId = f.ids.node(ino.Nid)
+	out.Generation = 1
+	out.EntryValid = forever
+	out.AttrValid = forever
+	f.fillAttr(ino, &out.Attr)
+}
+
+// fillAttr shows what the kernel's erofs shows; there is one time for all three.
+func (f *fileSystem) fillAttr(ino *erofsfmt.Inode, a *fuse.Attr) {
+	*a = fuse.Attr{
+		Ino:       ino.Ino,
+		Size:      uint64(ino.Size),
+		Blocks:    ino.Blocks,
+		Atime:     uint64(ino.Mtime),
+		Mtime:     uint64(ino.Mtime),
+		Ctime:     uint64(ino.Mtime),
+		Atimensec: ino.MtimeNsec,
+		Mtimensec: ino.MtimeNsec,
+		Ctimensec: ino.MtimeNsec,
+		Mode:      ino.Mode,
+		Nlink:     ino.Nlink,
+		Owner:     fuse.Owner{Uid: ino.UID, Gid: ino.GID},
+		Rdev:      ino.Rdev,
+		Blksize:   uint32(f.sb.BlockSize()),
+	}
+}

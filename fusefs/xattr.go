@@ -1,0 +1,50 @@
+package fusefs
+
+import (
+	"strings"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+)
+
+func (f *fileSystem) GetXAttr(_ <-chan struct{}, header *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
+	ino, err := f.inode(header.NodeId)
+	if err != nil {
+		return 0, f.fail("getxattr", header.NodeId, err)
+	}
+	value, err := f.im.Xattr(f.ctx, &ino, name)
+	if err != nil {
+		return 0, f.fail("getxattr", header.NodeId, err)
+	}
+	return fit(dest, value)
+}
+
+func (f *fileSystem) ListXAttr(_ <-chan struct{}, header *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
+	ino, err := f.inode(header.NodeId)
+	if err != nil {
+		return 0, f.fail("listxattr", header.NodeId, err)
+	}
+	names, err := f.im.Xattrs(f.ctx, &ino)
+	if err != nil {
+		return 0, f.fail("listxattr", header.NodeId, err)
+	}
+	var list []byte
+	for _, n := range names {
+		// As on the kernel's erofs, who may not read trusted.* does not see
+		// it. FUSE tells the user, not the capability, hence root.
+		if strings.HasPrefix(n, "trusted.") && header.Uid != 0 {
+			continue
+		}
+		list = append(append(list, n...), 0)
+	}
+	return fit(dest, list)
+}
+
+// fit copies an answer whose length the caller may only be asking for.
+func fit(dest, answer []byte) (uint32, fuse.Status) {
+	n := uint32(len(answer))
+	if len(dest) < len(answer) {
+		return n, fuse.ERANGE
+	}
+	copy(dest, answer)
+	return n, fuse.OK
+}
