@@ -1,0 +1,169 @@
+// Command erofs-oci mounts EROFS images straight out of OCI registries and
+// fetches only what is read. See README.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+)
+
+// Exit codes: what was asked for cannot be done, and what was asked makes no
+// sense.
+const (
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+func main() {
+	os.Exit(run(os.Args, os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run is the whole program but for the process: it returns the exit code.
+func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	child, err := backend.AsChild()
+	if err != nil {
+		fmt.Fprintln(stderr, "erofs-oci:", err)
+		return exitFailure
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	p := &program{stdin: stdin, stdout: stdout, stderr: stderr, getenv: os.Getenv, child: child}
+	err = p.app().RunContext(ctx, args)
+	if err == nil {
+		return 0
+	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
+	}
+	code := exitCode(err)
+	if child != nil && !p.reported {
+		// The one who started us prints the line.
+		if child.Fail(err, code) == nil {
+			return code
+		}
+	}
+	fmt.Fprintln(stderr, "erofs-oci:", strings.TrimSpace(err.Error()))
+	return code
+}
+
+// program is what the commands share.
+type program struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	getenv         func(string) string
+	// child is set in the process that serves a mount in the background;
+	// reported says that it has told its parent how it went.
+	child    *backend.Child
+	reported bool
+}
+
+func (p *program) app() *cli.App {
+	app := &cli.App{
+		Name:                      "erofs-oci",
+		Usage:                     "mount EROFS images out of OCI registries, fetching only what is read",
+		Version:                   version(),
+		HideHelpCommand:           true,
+		UseShortOptionHandling:    false,
+		DisableSliceFlagSeparator: true,
+		Reader:                    p.stdin,
+		Writer:                    p.stdout,
+		ErrWriter:                 p.stderr,
+		Commands:                  []*cli.Command{p.mountCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand()},
+		// run prints errors and chooses the exit code.
+		ExitErrHandler: func(*cli.Context, error) {},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("unknown command %q; see erofs-oci --help", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+	app.OnUsageError = usageError
+	for _, c := range app.Commands {
+		c.OnUsageError = usageError
+	}
+	return app
+}
+
+// errUsage marks errors of the command line.
+type errUsage struct{ error }
+
+func (e errUsage) Unwrap() error { return e.error }
+
+func usagef(format string, args ...any) error { return errUsage{fmt.Errorf(format, args...)} }
+
+func usageError(c *cli.Context, err error, _ bool) error {
+	return usagef("%w; see %s --help", err, c.App.Name+commandName(c))
+}
+
+func commandName(c *cli.Context) string {
+	if c.Command == nil || c.Command.Name == "" || c.Command.Name == c.App.Name {
+		return ""
+	}
+	return " " + c.Command.Name
+}
+
+func exitCode(err error) int {
+	var usage errUsage
+	if errors.As(err, &usage) {
+		return exitUsage
+	}
+	var child *backend.ChildError
+	if errors.As(err, &child) && child.Code != 0 {
+		return child.Code
+	}
+	return exitFailure
+}
+
+// arguments returns the n arguments of a command. Options come before them: what
+// looks like an option after them would be taken for an argument.
+func arguments(c *cli.Context, names ...string) ([]string, error) {
+	args := c.Args().Slice()
+	for _, a := range args {
+		if len(a) > 1 && strings.HasPrefix(a, "-") {
+			return nil, usagef("option %s must come before %s; see erofs-oci %s --help", a, names[0], c.Command.Name)
+		}
+	}
+	if len(args) != len(names) {
+		return nil, usagef("%s takes %s, not %d arguments; see erofs-oci %s --help", c.Command.Name, strings.Join(names, " and "), len(args), c.Command.Name)
+	}
+	return args, nil
+}
+
+// version is the module's version, and the commit where the build knows it.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	if v == "" {
+		v = "(devel)"
+	}
+	var revision, dirty string
+	for _, s := range info.Settings {
+		switch s.Key {
+		case "vcs.revision":
+			revision = s.Value
+		case "vcs.modified":
+			if s.Value == "true" {
+				dirty = "+dirty"
+			}
+		}
+	}
+	if len(revision) >= 12 && !strings.Contains(v, revision[:12]) {
+		v += " (" + revision[:12] + dirty + ")"
+	}
+	return v + " " + info.GoVersion
+}
