@@ -74,6 +74,7 @@ func entry(name, rel string) (corpus.Entry, error) {
 		e.Size = st.Size
 		e.SHA256, err = hash(name, st.Size)
 	case unix.S_IFLNK:
+		e.Size = st.Size
 		e.Target, err = os.Readlink(name)
 	case unix.S_IFCHR, unix.S_IFBLK:
 		e.Rdev = &[2]uint32{unix.Major(st.Rdev), unix.Minor(st.Rdev)}
@@ -149,8 +150,8 @@ func Diff(want, got []corpus.Entry, except ...Field) []string {
 			continue
 		}
 		delete(have, w.Path)
-		if name, w, g := w.Path, show(w, except), show(g, except); w != g {
-			diffs = append(diffs, fmt.Sprintf("%q:\n  want %s\n  got  %s", name, w, g))
+		if d := differences(fields(w, except), fields(g, except)); d != "" {
+			diffs = append(diffs, fmt.Sprintf("%.80q:%s", w.Path, d))
 		}
 	}
 	for p := range have {
@@ -159,7 +160,8 @@ func Diff(want, got []corpus.Entry, except ...Field) []string {
 	return diffs
 }
 
-func show(e corpus.Entry, except []Field) string {
+// fields are an entry's facts as text, those in except left out.
+func fields(e corpus.Entry, except []Field) []string {
 	isDir := e.Mode&unix.S_IFMT == unix.S_IFDIR
 	for _, f := range except {
 		switch {
@@ -175,6 +177,20 @@ func show(e corpus.Entry, except []Field) string {
 	if e.Rdev != nil {
 		rdev = *e.Rdev
 	}
-	return fmt.Sprintf("mode=%#o uid=%d gid=%d nlink=%d ino=%d mtime=%d size=%d sha256=%s target=%q rdev=%v xattrs=%x",
-		e.Mode, e.UID, e.GID, e.Nlink, e.Ino, e.MtimeNs, e.Size, e.SHA256, e.Target, rdev, e.Xattrs)
+	return []string{
+		fmt.Sprintf("mode %#o", e.Mode), fmt.Sprintf("uid %d", e.UID), fmt.Sprintf("gid %d", e.GID),
+		fmt.Sprintf("nlink %d", e.Nlink), fmt.Sprintf("ino %d", e.Ino), fmt.Sprintf("mtime %d", e.MtimeNs),
+		fmt.Sprintf("size %d", e.Size), "sha256 " + e.SHA256, fmt.Sprintf("target %q", e.Target),
+		fmt.Sprintf("rdev %v", rdev), fmt.Sprintf("xattrs %x", e.Xattrs),
+	}
+}
+
+func differences(want, got []string) string {
+	var d strings.Builder
+	for i := range want {
+		if want[i] != got[i] {
+			fmt.Fprintf(&d, " %.100s, want %.100s;", got[i], want[i])
+		}
+	}
+	return d.String()
 }

@@ -1,0 +1,46 @@
+# Targets for people; .ci/run is what continuous integration runs.
+
+GO          ?= go
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.PHONY: all build demo test race lint bench fuzz clean
+all: build
+
+# One static binary, bin/erofs-oci.
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/erofs-oci .
+
+# The main job on an embedded default: a registry in this process, a real image,
+# a real mount. It cleans up after itself.
+demo: build
+	$(GO) run ./tests/demo -binary bin/erofs-oci
+
+# Every test. What the machine cannot do is skipped and said; name capabilities
+# in EROFS_OCI_REQUIRE (or "all") to have them fail instead.
+test:
+	$(GO) test ./...
+
+race:
+	$(GO) test -race -short ./...
+
+lint:
+	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo 'gofmt -w the files above' ; exit 1 ; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+# Ratios against the kernel's erofs and erofsfuse, as root: see tests/bench.
+bench: build
+	$(GO) run ./tests/bench -binary bin/erofs-oci
+
+# Each fuzz target for a short time.
+FUZZTIME ?= 10s
+fuzz:
+	@for p in $$($(GO) list ./...) ; do \
+		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz') ; do \
+			echo "$$f of $$p" ; \
+			$(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p || exit 1 ; \
+		done ; \
+	done
+
+clean:
+	rm -rf bin
