@@ -33,6 +33,7 @@ func (p *bufferPool) put(b *[]byte) {
 	for i, size := range bufferSizes {
 		if int64(cap(*b)) == size {
 			p.classes[i].Put(b)
+			return // b is somebody else's now
 		}
 	}
 }
