@@ -60,4 +60,6 @@ type Mount interface {
 	// Unmount takes the mount away from its directory. A mount in use is
 	// detached: it ends with its last user, and no new one can come.
 	Unmount() error
+	// Device tells the mount from others on the same directory.
+	Device() Device
 }

@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +53,10 @@ func StartInBackground(ctx context.Context, stdin io.Reader) error {
 	cmd.Stdin = stdin
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// What our caller left open for us (a lock file, a pipe that somebody waits
+	// for the end of) is not the server's to keep. Kernels before 5.11 cannot
+	// do it at once; there the caller has to close what is its own.
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
@@ -82,11 +89,15 @@ func diedEarly(cmd *exec.Cmd, err error) error {
 }
 
 // Child is the background's end of StartInBackground.
-type Child struct{ w *os.File }
+type Child struct {
+	w    *os.File
+	said atomic.Bool
+}
 
 // AsChild returns the Child that this process is, or nil for a process that
-// nobody started in the background.
-func AsChild() (*Child, error) {
+// nobody started in the background. orphaned is called if the parent ends before
+// it heard from this process: then nobody wants the mount any more.
+func AsChild(orphaned func()) (*Child, error) {
 	v, ok := os.LookupEnv(reportEnv)
 	if !ok {
 		return nil, nil
@@ -99,13 +110,39 @@ func AsChild() (*Child, error) {
 	if err := os.Unsetenv(reportEnv); err != nil {
 		return nil, err
 	}
-	return &Child{os.NewFile(uintptr(fd), "report")}, nil
+	watched, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("%s=%q: %w", reportEnv, v, err)
+	}
+	c := &Child{w: os.NewFile(uintptr(fd), "report")}
+	go c.watch(watched, orphaned)
+	return c, setName()
+}
+
+// watch waits for the parent to close its end of the pipe.
+func (c *Child) watch(fd int, orphaned func()) {
+	defer unix.Close(fd)
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd)}}, -1)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if !c.said.Load() {
+		orphaned()
+	}
+}
+
+// setName gives the process the name that it was called by: it was started as
+// /proc/self/exe, and ps would show "exe".
+func setName() error {
+	return os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 }
 
 // Ready tells the parent that the mount is usable, and lets go of the terminal:
 // what is written to the standard files from now on, such as the runtime's last
 // words, goes to log. The error is that nobody waits for the report any more.
-func (c *Child) Ready(log *os.File) error {
+func (c *Child) Ready(log *LogFile) error {
 	if err := detach(log); err != nil {
 		return err
 	}
@@ -118,24 +155,23 @@ func (c *Child) Fail(err error, code int) error {
 }
 
 func (c *Child) say(r report) error {
+	c.said.Store(true)
 	return errors.Join(json.NewEncoder(c.w).Encode(r), c.w.Close())
 }
 
 // detach gives up the working directory, which would keep a file system busy,
 // and the terminal.
-func detach(log *os.File) error {
+func detach(log *LogFile) error {
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return err
 	}
 	defer null.Close()
-	for fd, f := range []*os.File{null, log, log} {
-		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
-			return fmt.Errorf("redirect descriptor %d: %w", fd, err)
-		}
+	if err := unix.Dup3(int(null.Fd()), 0, 0); err != nil {
+		return fmt.Errorf("redirect standard input: %w", err)
 	}
-	return nil
+	return log.takeOutput()
 }

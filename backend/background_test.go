@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 }
 
 func playChild(role string) int {
-	child, err := AsChild()
+	child, err := AsChild(func() { syscall.Exit(5) })
 	if err != nil || child == nil {
 		fmt.Fprintln(os.Stderr, "not a child:", err)
 		return 9
@@ -45,20 +45,45 @@ func playChild(role string) int {
 		if err != nil {
 			return 9
 		}
-		log, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+		log, err := OpenLog(path)
 		if err != nil {
 			return 9
 		}
 		if child.Ready(log) != nil {
 			return 9
 		}
-		cwd, _ := os.Getwd()
-		fmt.Fprintf(os.Stderr, "read %q in %s\n", said, cwd)
+		cwd, err := os.Getwd()
+		if err != nil {
+			return 9
+		}
+		comm, err := os.ReadFile("/proc/self/comm")
+		if err != nil {
+			return 9
+		}
+		// Fill the log so that it is continued: the output goes along.
+		if _, err := log.Write(make([]byte, maxLog)); err != nil {
+			return 9
+		}
+		fmt.Fprintf(os.Stderr, "read %q in %s as %sinherited %v\n", said, cwd, comm, inherited())
 		if os.Rename(path, path+".done") != nil {
 			return 9
 		}
 	}
 	return 0
+}
+
+// inherited tells whether a descriptor that the parent left open is here, too.
+func inherited() bool {
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return true
+	}
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && filepath.Base(to) == "left-open" {
+			return true
+		}
+	}
+	return false
 }
 
 func TestStartInBackground(t *testing.T) {
@@ -78,12 +103,21 @@ func TestStartInBackground(t *testing.T) {
 	if err := start(ctx, "wait", nil); err == nil || !strings.Contains(err.Error(), syscall.SIGTERM.String()) {
 		t.Errorf("a child whose parent gives up: %v", err)
 	}
+	// Descriptors of the caller without close-on-exec, as a shell's redirection
+	// makes them.
+	left, err := syscall.Open(filepath.Join(t.TempDir(), "left-open"), syscall.O_CREAT|syscall.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(left)
 	log := filepath.Join(t.TempDir(), "log")
 	if err := start(t.Context(), "ready="+log, strings.NewReader("secret")); err != nil {
 		t.Fatal(err)
 	}
-	if got := awaitFile(t, log+".done"); got != "read \"secret\" in /\n" {
-		t.Errorf("the child wrote %q", got)
+	comm := filepath.Base(os.Args[0])
+	want := fmt.Sprintf("read \"secret\" in / as %s\ninherited false\n", comm[:min(len(comm), 15)])
+	if got := strings.TrimLeft(awaitFile(t, log+".done"), "\x00"); got != want {
+		t.Errorf("the child wrote %q, want %q", got, want)
 	}
 }
 
@@ -101,11 +135,11 @@ func awaitFile(t *testing.T, path string) string {
 }
 
 func TestNoChild(t *testing.T) {
-	if c, err := AsChild(); c != nil || err != nil {
+	if c, err := AsChild(nil); c != nil || err != nil {
 		t.Errorf("AsChild = %v, %v", c, err)
 	}
 	t.Setenv(reportEnv, "three")
-	if _, err := AsChild(); err == nil {
+	if _, err := AsChild(nil); err == nil {
 		t.Error("a descriptor that is no number is taken")
 	}
 }

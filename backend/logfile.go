@@ -2,6 +2,7 @@ package backend
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"sync"
@@ -17,9 +18,10 @@ const maxLog = 1 << 20
 type LogFile struct {
 	path string
 
-	mu   sync.Mutex // guards what follows
-	f    *os.File
-	size int64
+	mu     sync.Mutex // guards what follows
+	f      *os.File
+	size   int64
+	output bool // descriptors 1 and 2 are the log's
 }
 
 // OpenLog opens or begins the log at path.
@@ -41,11 +43,22 @@ func (l *LogFile) open() error {
 	return nil
 }
 
-// File is the log's present file, for a descriptor to be redirected to.
-func (l *LogFile) File() *os.File {
+// takeOutput sends standard output and standard error to the log, and to each
+// file that it is continued in.
+func (l *LogFile) takeOutput() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.f
+	l.output = true
+	return l.redirect()
+}
+
+func (l *LogFile) redirect() error {
+	for _, fd := range []int{1, 2} {
+		if err := unix.Dup3(int(l.f.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("redirect descriptor %d: %w", fd, err)
+		}
+	}
+	return nil
 }
 
 // Write appends one record.
@@ -63,13 +76,18 @@ func (l *LogFile) Write(p []byte) (int, error) {
 }
 
 func (l *LogFile) rotate() error {
-	err := os.Rename(l.path, l.path+".1")
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// A log that somebody took away is begun anew.
+	if err := os.Rename(l.path, l.path+".1"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	old := l.f
 	if err := l.open(); err != nil {
 		return err
+	}
+	if l.output {
+		if err := l.redirect(); err != nil {
+			return err
+		}
 	}
 	return old.Close()
 }

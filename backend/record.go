@@ -25,6 +25,7 @@ type Record struct {
 	Digest    string    `json:"digest"`
 	Backend   string    `json:"backend"`
 	Dir       string    `json:"dir"`
+	Device    Device    `json:"device,omitempty"` // empty until it is mounted
 	PID       int       `json:"pid"`
 	Since     time.Time `json:"since"`
 	Log       string    `json:"log,omitempty"`
@@ -34,8 +35,13 @@ type Record struct {
 type State string
 
 const (
-	Running State = "running"
-	// Dead is a mount whose server ended without unmounting it.
+	// Starting: the server has yet to mount.
+	Starting State = "starting"
+	Running  State = "running"
+	// Detached: the server runs, but its mount is not to be seen: it was
+	// detached in use, or is in another mount namespace.
+	Detached State = "detached"
+	// Dead: the server ended without unmounting.
 	Dead State = "dead"
 )
 
@@ -62,25 +68,77 @@ func id(dir string) string {
 
 func (r *RunDir) file(id, suffix string) string { return filepath.Join(r.path, id+suffix) }
 
-// Claim takes dir (as RealDir returns it) for this process. A mount of ours
-// that nobody holds any more is refused: it would stay below the new one for ever.
-func (r *RunDir) Claim(dir string) (*Claim, error) {
+// Claim takes dir (as RealDir returns it) for this process. A server that is just
+// ending there is waited for. A mount that nobody serves any more is refused: it
+// would stay below the new one for ever.
+func (r *RunDir) Claim(ctx context.Context, dir string) (*Claim, error) {
 	c, err := r.lock(id(dir))
 	if errors.Is(err, ErrInUse) {
-		return nil, fmt.Errorf("%s %w; see erofs-oci list", dir, err)
+		if c, err = r.lockAfter(ctx, dir); err != nil {
+			return nil, err
+		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	mounted, err := isMounted(dir)
-	if err == nil && mounted {
-		err = deadMount(dir)
-	}
-	if err != nil {
+	if err := r.checkFree(c.id, dir); err != nil {
 		// The record stays, for umount to find; only the lock goes.
 		return nil, errors.Join(err, c.lock.Close())
 	}
+	// What is left of a server whose mount is gone is not this one's.
+	for _, suffix := range append(logSuffixes(), ".json") {
+		if err := os.Remove(r.file(c.id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, errors.Join(err, c.Release())
+		}
+	}
 	return c, nil
+}
+
+// lockAfter waits for the holder of the lock if that is about to let go of it:
+// its mount is gone.
+func (r *RunDir) lockAfter(ctx context.Context, dir string) (*Claim, error) {
+	inUse := fmt.Errorf("%s %w; see erofs-oci list", dir, ErrInUse)
+	rec, recorded, err := r.read(id(dir))
+	if err != nil {
+		return nil, err
+	}
+	on, err := mountsOn(dir)
+	if err != nil {
+		return nil, err
+	}
+	if recorded && rec.Device != "" && on.has(rec.Device) {
+		return nil, inUse
+	}
+	wait, cancel := context.WithTimeout(ctx, endPatience)
+	defer cancel()
+	if err := r.waitEnd(wait, id(dir)); err != nil {
+		return nil, fmt.Errorf("%s: another erofs-oci mount is starting or ending there; see erofs-oci list", dir)
+	}
+	c, err := r.lock(id(dir))
+	if errors.Is(err, ErrInUse) {
+		return nil, inUse
+	}
+	return c, err
+}
+
+// checkFree refuses a directory that has a mount of ours, served or not.
+func (r *RunDir) checkFree(id, dir string) error {
+	rec, recorded, err := r.read(id)
+	if err != nil {
+		return err
+	}
+	on, err := mountsOn(dir)
+	if err != nil {
+		return err
+	}
+	_, ours := on.top()
+	switch {
+	case recorded && rec.Device != "" && on.has(rec.Device), ours && serverless(dir):
+		return fmt.Errorf("mount target %s is a mount whose server is gone; erofs-oci umount it first", dir)
+	case ours:
+		return fmt.Errorf("%s %w, of another user or with another run directory", dir, ErrInUse)
+	}
+	return nil
 }
 
 func (r *RunDir) lock(id string) (*Claim, error) {
@@ -137,11 +195,13 @@ func (c *Claim) Release() error {
 	return errors.Join(err, c.lock.Close())
 }
 
+func logSuffixes() []string { return []string{".log.1", ".log"} }
+
 // remove deletes the files of one mount, the lock last: whoever finds a record
 // without its lock finds a mount that has no server.
 func (r *RunDir) remove(id string) error {
 	var errs []error
-	for _, suffix := range []string{".json.new", ".json", ".log.1", ".log", ".lock"} {
+	for _, suffix := range append(logSuffixes(), ".json.new", ".json", ".lock") {
 		if err := os.Remove(r.file(id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -178,13 +238,13 @@ func (r *RunDir) waitEnd(ctx context.Context, id string) error {
 	done := make(chan error, 1)
 	go func() {
 		// Closing the file ends the lock; only this goroutine may close it,
-		// since a closed descriptor's number could be another file's.
-		defer f.Close()
+		// since a closed descriptor's number could be another file's. It does so
+		// before it answers: who waited may want the lock.
 		lock := unix.Flock_t{Type: unix.F_RDLCK, Whence: io.SeekStart}
 		for {
 			err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &lock)
 			if !errors.Is(err, unix.EINTR) {
-				done <- err
+				done <- errors.Join(err, f.Close())
 				return
 			}
 		}
@@ -213,25 +273,25 @@ func (r *RunDir) read(id string) (Record, bool, error) {
 	return rec, true, nil
 }
 
-// List returns the recorded mounts by directory. Records whose server has ended
-// and whose mount is gone are swept away.
+// List returns the recorded mounts by directory, and what could not be read.
+// Records whose server has ended and whose mount is gone are swept away.
 func (r *RunDir) List() ([]Entry, error) {
 	names, err := filepath.Glob(r.file("*", ".json"))
 	if err != nil {
 		return nil, err
 	}
 	entries := []Entry{}
+	var errs []error
 	for _, name := range names {
 		e, ok, err := r.entry(strings.TrimSuffix(filepath.Base(name), ".json"))
 		if err != nil {
-			return nil, err
-		}
-		if ok {
+			errs = append(errs, err)
+		} else if ok {
 			entries = append(entries, e)
 		}
 	}
 	slices.SortFunc(entries, func(a, b Entry) int { return strings.Compare(a.Dir, b.Dir) })
-	return entries, nil
+	return entries, errors.Join(errs...)
 }
 
 func (r *RunDir) entry(id string) (Entry, bool, error) {
@@ -243,14 +303,20 @@ func (r *RunDir) entry(id string) (Entry, bool, error) {
 	if err != nil {
 		return Entry{}, false, err
 	}
-	if alive {
-		return Entry{rec, Running}, true, nil
-	}
-	mounted, err := isMounted(rec.Dir)
+	on, err := mountsOn(rec.Dir)
 	if err != nil {
 		return Entry{}, false, err
 	}
-	if mounted {
+	_, ours := on.top()
+	mounted := on.has(rec.Device) || rec.Device == "" && ours && serverless(rec.Dir)
+	switch {
+	case alive && rec.Device == "":
+		return Entry{rec, Starting}, true, nil
+	case alive && mounted:
+		return Entry{rec, Running}, true, nil
+	case alive:
+		return Entry{rec, Detached}, true, nil
+	case mounted:
 		return Entry{rec, Dead}, true, nil
 	}
 	return Entry{}, false, r.sweep(id)

@@ -21,7 +21,7 @@ func testRunDir(t *testing.T) *RunDir {
 
 func claim(t *testing.T, r *RunDir, rec Record) *Claim {
 	t.Helper()
-	c, err := r.Claim(rec.Dir)
+	c, err := r.Claim(context.Background(), rec.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,11 +48,21 @@ func TestRecordLife(t *testing.T) {
 	}
 	c := claim(t, r, rec)
 	got := list(t, r)
-	if len(got) != 1 || got[0].Record != rec || got[0].State != Running {
+	if len(got) != 1 || got[0].Record != rec || got[0].State != Starting {
 		t.Fatalf("listed %+v", got)
 	}
-	if _, err := r.Claim(rec.Dir); !errors.Is(err, ErrInUse) {
+	// Not mounted yet, or not any more: whoever comes next waits a little.
+	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := r.Claim(short, rec.Dir); err == nil || !strings.Contains(err.Error(), "starting or ending") {
 		t.Fatalf("second claim: %v", err)
+	}
+	rec.Device = "0:9999"
+	if err := c.Write(rec); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, r); len(got) != 1 || got[0].State != Detached {
+		t.Fatalf("listed %+v", got)
 	}
 	// Asking must not have disturbed the lock.
 	if alive, err := r.alive(c.id); err != nil || !alive {
@@ -64,11 +74,31 @@ func TestRecordLife(t *testing.T) {
 	if left, err := os.ReadDir(r.path); err != nil || len(left) != 0 {
 		t.Fatalf("left behind: %v, %v", left, err)
 	}
-	again, err := r.Claim(rec.Dir)
+	again, err := r.Claim(t.Context(), rec.Dir)
 	if err != nil {
 		t.Fatalf("claim after release: %v", err)
 	}
 	again.Release()
+}
+
+// TestClaimAfterTheEnding: a server that is about to end is waited for.
+func TestClaimAfterTheEnding(t *testing.T) {
+	r := testRunDir(t)
+	old := claim(t, r, Record{Dir: "/nowhere/c", Device: "0:9999"})
+	claimed := make(chan error, 1)
+	go func() {
+		c, err := r.Claim(t.Context(), "/nowhere/c")
+		if err == nil {
+			err = c.Release()
+		}
+		claimed <- err
+	}()
+	if err := old.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-claimed; err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestRecordOfTheDead ends a server as SIGKILL does: the lock goes, the files stay.
@@ -122,8 +152,11 @@ func TestRecordThatIsNotOne(t *testing.T) {
 	if err := os.WriteFile(r.file("x", ".json"), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.List(); err == nil || !strings.Contains(err.Error(), "x.json") {
-		t.Fatalf("got %v", err)
+	c := claim(t, r, Record{Dir: "/nowhere/d"})
+	defer c.Release()
+	got, err := r.List()
+	if err == nil || !strings.Contains(err.Error(), "x.json") || len(got) != 1 {
+		t.Fatalf("got %v, %v; want the error and the other mount", got, err)
 	}
 }
 
@@ -210,7 +243,7 @@ func TestCheckTarget(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for dir, why := range map[string]string{file: "not a directory", base + "/no": "does not exist; mkdir it", file + "/x": "not a directory"} {
+	for dir, why := range map[string]string{file: "not a directory", base + "/no": "does not exist; mkdir it", file + "/x": "not a directory", "/": "root directory", "/usr/..": "root directory"} {
 		if _, err := CheckTarget(dir); err == nil || !strings.Contains(err.Error(), why) {
 			t.Errorf("%s: %v, want %q", dir, err, why)
 		}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 
@@ -34,11 +33,10 @@ func attach(target string, o backend.Options) (int, error) {
 			return -1, fmt.Errorf("mount %s: %w", target, err)
 		}
 	}
-	helper, lookErr := backend.Fusermount()
-	if lookErr != nil {
+	if _, lookErr := backend.Fusermount(); lookErr != nil {
 		return -1, noRight(err, lookErr)
 	}
-	return attachByHelper(helper, target, o)
+	return attachByHelper(target, o)
 }
 
 // noDevice and noRight say in one line what is missing and the next best way.
@@ -61,14 +59,17 @@ func attachDirectly(dev int, target string, o backend.Options) error {
 }
 
 // helperWords are the options that fusermount3 knows.
-var helperWords = []string{"suid", "nosuid", "dev", "nodev", "exec", "noexec", "noatime", "nodiratime"}
+var helperWords = []string{"suid", "nosuid", "dev", "nodev", "exec", "noexec", "noatime"}
 
 // attachByHelper has fusermount3 mount, which hands the connection back over a
 // socket.
-func attachByHelper(helper, target string, o backend.Options) (int, error) {
+func attachByHelper(target string, o backend.Options) (int, error) {
 	_, subtype, _ := strings.Cut(backend.FuseType, ".")
 	words := []string{"ro", "default_permissions", fmt.Sprintf("max_read=%d", maxRead), "subtype=" + subtype, "fsname=" + escape(o.Name)}
 	for _, w := range o.Flags.Words {
+		if w == "relatime" {
+			continue // the kernel's default
+		}
 		if !slices.Contains(helperWords, w) {
 			return -1, fmt.Errorf("mount option %q: only root can set it on a FUSE mount; leave it out", w)
 		}
@@ -83,8 +84,11 @@ func attachByHelper(helper, target string, o backend.Options) (int, error) {
 	}
 	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount"), os.NewFile(uintptr(pair[1]), "fusermount")
 	defer ours.Close()
-	cmd := exec.Command(helper, "-o", strings.Join(words, ","), "--", target)
-	cmd.Env = append(os.Environ(), "_FUSE_COMMFD=3")
+	cmd, err := backend.Fusermount("-o", strings.Join(words, ","), "--", target)
+	if err != nil {
+		return -1, err
+	}
+	cmd.Env = append(cmd.Env, "_FUSE_COMMFD=3")
 	cmd.ExtraFiles = []*os.File{theirs}
 	var said bytes.Buffer
 	cmd.Stderr = &said

@@ -35,16 +35,22 @@ func (Backend) Mount(ctx context.Context, v backend.Volume, target string, o bac
 	if err != nil {
 		return nil, err
 	}
+	id, err := backend.MountedDevice(target, backend.FuseType)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(dev))
+	}
 	m, err := serve(im, dev, target, o)
 	if err != nil {
-		return nil, errors.Join(err, backend.Detach(target, true))
+		return nil, errors.Join(err, backend.Detach(target, id, true))
 	}
+	m.device = id
 	return m, nil
 }
 
 // mount is a served FUSE mount.
 type mount struct {
 	target string
+	device backend.Device
 	log    *slog.Logger
 	done   chan struct{}
 }
@@ -81,11 +87,13 @@ func (m *mount) Wait() error {
 	return nil
 }
 
+func (m *mount) Device() backend.Device { return m.device }
+
 func (m *mount) Unmount() error {
-	err := backend.Detach(m.target, false)
+	err := backend.Detach(m.target, m.device, false)
 	if errors.Is(err, unix.EBUSY) {
 		m.log.Warn("in use: detached; the server ends with the last user", "dir", m.target)
-		err = backend.Detach(m.target, true)
+		err = backend.Detach(m.target, m.device, true)
 	}
 	return err
 }

@@ -99,9 +99,9 @@ func mountImage(t *testing.T, image string) string {
 		t.Fatalf("the server: %q, %v, %s", line, err, stderr.String())
 	}
 	t.Cleanup(func() {
-		if err := backend.Detach(dir, false); err != nil {
+		if err := unix.Unmount(dir, 0); err != nil {
 			t.Error(err)
-			backend.Detach(dir, true)
+			unix.Unmount(dir, unix.MNT_DETACH)
 		}
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("the server: %v: %s", err, stderr.String())
