@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/urfave/cli/v2"
 
@@ -179,12 +181,10 @@ func (f *inspection) print(w io.Writer) error {
 	return t.Flush()
 }
 
-// printable leaves plain text as it is, and quotes what could steer a terminal.
+// printable leaves text as it is, and quotes what could steer a terminal.
 func printable(s string) string {
-	for _, r := range s {
-		if r < ' ' || r > '~' {
-			return fmt.Sprintf("%q", s)
-		}
+	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(s)
 	}
 	return s
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -30,14 +31,12 @@ func (p *program) listCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			// What can be read is shown, whatever is the matter with the rest.
 			entries, err := run.List()
-			if err != nil {
-				return err
-			}
 			if c.Bool("json") {
-				return printJSON(p.stdout, entries)
+				return errors.Join(err, printJSON(p.stdout, entries))
 			}
-			return printEntries(p.stdout, entries)
+			return errors.Join(err, printEntries(p.stdout, entries))
 		},
 	}
 }
@@ -61,7 +60,7 @@ func printEntries(w io.Writer, entries []backend.Entry) error {
 			state += ": erofs-oci umount " + e.Dir
 		}
 		fmt.Fprintf(t, "%s\t%.19s\t%s\t%s\t%d\t%s\t%s\n",
-			e.Reference, e.Digest, e.Backend, e.Dir, e.PID, e.Since.Local().Format(time.DateTime), state)
+			e.Reference, e.Digest, e.Backend, printable(e.Dir), e.PID, e.Since.Local().Format(time.DateTime), state)
 	}
 	return t.Flush()
 }

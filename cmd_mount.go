@@ -73,22 +73,34 @@ func (p *program) mount(c *cli.Context) error {
 	}
 	var stdin io.Reader
 	if m.source.client.Password != "" {
-		stdin = strings.NewReader(m.source.client.Password + "\n")
+		stdin = strings.NewReader(m.source.client.Password)
 	}
 	return backend.StartInBackground(c.Context, stdin)
 }
 
 // serveMount mounts, reports, serves until the mount ends, and cleans up.
 func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLog) (err error) {
+	// Who reads what we say may go away; the mount must not die of that.
+	signal.Ignore(syscall.SIGPIPE)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, endSignals()...)
+	defer signal.Stop(signals)
+
 	run, err := backend.OpenRunDir(p.getenv)
 	if err != nil {
 		return err
 	}
-	claim, err := run.Claim(m.dir)
+	claim, err := run.Claim(ctx, m.dir)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, claim.Release()) }()
+	rec := backend.Record{
+		Reference: m.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(), Since: time.Now().UTC().Truncate(time.Second),
+	}
+	if err := claim.Write(rec); err != nil {
+		return err
+	}
 	src, err := p.open(ctx, m.ref, m.source, log.Logger)
 	if err != nil {
 		return err
@@ -99,14 +111,11 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return src.explain(err)
 	}
-	err = p.announce(claim, log, backend.Record{
-		Reference: m.ref.String(), Manifest: src.image.Digest.String(), Digest: src.layer.Digest.String(),
-		Backend: m.backend, Dir: m.dir, PID: os.Getpid(), Since: time.Now().UTC().Truncate(time.Second),
-	})
-	if err != nil {
+	rec.Manifest, rec.Digest, rec.Device = src.image.Digest.String(), src.layer.Digest.String(), mounted.Device()
+	if err := p.announce(claim, log, rec); err != nil {
 		return errors.Join(err, mounted.Unmount(), mounted.Wait())
 	}
-	return p.untilUnmounted(ctx, mounted, log.Logger)
+	return untilUnmounted(signals, mounted, log.Logger)
 }
 
 // announce makes the mount known: to list, and to whoever waits for it.
@@ -122,7 +131,7 @@ func (p *program) announce(claim *backend.Claim, log *serverLog, rec backend.Rec
 	if err := claim.Write(rec); err != nil {
 		return err
 	}
-	if err := p.child.Ready(file.File()); err != nil {
+	if err := p.child.Ready(file); err != nil {
 		return err
 	}
 	p.reported = true
@@ -132,24 +141,21 @@ func (p *program) announce(claim *backend.Claim, log *serverLog, rec backend.Rec
 
 // untilUnmounted waits for the mount to end. The first signal unmounts; a second
 // one ends the process, and with it what still waits for an answer.
-func (p *program) untilUnmounted(ctx context.Context, mounted backend.Mount, log *slog.Logger) error {
+func untilUnmounted(signals <-chan os.Signal, mounted backend.Mount, log *slog.Logger) error {
 	ended := make(chan error, 1)
 	go func() { ended <- mounted.Wait() }()
 	select {
 	case err := <-ended:
 		return err
-	case <-ctx.Done():
+	case <-signals:
 	}
-	second := make(chan os.Signal, 1)
-	signal.Notify(second, syscall.SIGINT, syscall.SIGTERM)
-	defer signal.Stop(second)
 	if err := mounted.Unmount(); err != nil {
 		log.Error("unmount", "err", err)
 	}
 	select {
 	case err := <-ended:
 		return err
-	case s := <-second:
+	case s := <-signals:
 		return fmt.Errorf("ended by a second signal (%v) while the file system was in use", s)
 	}
 }

@@ -31,13 +31,15 @@ func main() {
 
 // run is the whole program but for the process: it returns the exit code.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	child, err := backend.AsChild()
+	ctx, stop := signal.NotifyContext(context.Background(), endSignals()...)
+	defer stop()
+	// A second signal ends whatever does not heed the first.
+	defer context.AfterFunc(ctx, stop)()
+	child, err := backend.AsChild(stop)
 	if err != nil {
 		fmt.Fprintln(stderr, "erofs-oci:", err)
 		return exitFailure
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
 	p := &program{stdin: stdin, stdout: stdout, stderr: stderr, getenv: os.Getenv, child: child}
 	err = p.app().RunContext(ctx, args)
 	if err == nil {
@@ -49,12 +51,21 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	code := exitCode(err)
 	if child != nil && !p.reported {
 		// The one who started us prints the line.
-		if child.Fail(err, code) == nil {
+		if child.Fail(errors.New(oneLine(err)), code) == nil {
 			return code
 		}
 	}
-	fmt.Fprintln(stderr, "erofs-oci:", strings.TrimSpace(err.Error()))
+	fmt.Fprintln(stderr, "erofs-oci:", oneLine(err))
 	return code
+}
+
+// endSignals are what a user ends a command with; SIGHUP is a closed terminal.
+func endSignals() []os.Signal { return []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} }
+
+// oneLine is the text of an error on one line; several that were joined stand on
+// a line each.
+func oneLine(err error) string {
+	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
 }
 
 // program is what the commands share.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -70,7 +71,7 @@ func (p *program) readSourceOptions(c *cli.Context, log *slog.Logger) (*sourceOp
 		selector: registry.Selector{Platform: c.String("platform")},
 		cacheDir: c.String("cache-dir"),
 	}
-	if err := p.readPassword(c, s); err != nil {
+	if err := p.passwordOption(c, s); err != nil {
 		return nil, err
 	}
 	return s, selectLayer(c, s)
@@ -98,7 +99,7 @@ func selectLayer(c *cli.Context, s *sourceOptions) error {
 	return nil
 }
 
-func (p *program) readPassword(c *cli.Context, s *sourceOptions) error {
+func (p *program) passwordOption(c *cli.Context, s *sourceOptions) error {
 	switch {
 	case c.Bool("password-stdin") && s.client.Username == "":
 		return usagef("--password-stdin needs --username")
@@ -107,18 +108,39 @@ func (p *program) readPassword(c *cli.Context, s *sourceOptions) error {
 	case !c.Bool("password-stdin"):
 		return nil
 	}
-	b, err := io.ReadAll(io.LimitReader(p.stdin, passwordLimit+1))
-	if err != nil {
-		return fmt.Errorf("read the password: %w", err)
+	password, err := readPassword(c.Context, p.stdin)
+	s.client.Password = password
+	return err
+}
+
+// readPassword reads all of r; a signal ends the wait for somebody who types.
+func readPassword(ctx context.Context, r io.Reader) (string, error) {
+	type answer struct {
+		b   []byte
+		err error
 	}
-	if len(b) > passwordLimit {
-		return fmt.Errorf("read the password: more than %d bytes on standard input", passwordLimit)
+	read := make(chan answer, 1)
+	go func() {
+		b, err := io.ReadAll(io.LimitReader(r, passwordLimit+int64(len("\r\n"))+1))
+		read <- answer{b, err}
+	}()
+	var a answer
+	select {
+	case a = <-read:
+	case <-ctx.Done():
+		return "", ctx.Err()
 	}
-	s.client.Password = strings.TrimRight(string(b), "\r\n")
-	if s.client.Password == "" {
-		return errors.New("read the password: nothing on standard input")
+	if a.err != nil {
+		return "", fmt.Errorf("read the password: %w", a.err)
 	}
-	return nil
+	password := strings.TrimRight(string(a.b), "\r\n")
+	if len(password) > passwordLimit {
+		return "", fmt.Errorf("read the password: more than %d bytes on standard input", passwordLimit)
+	}
+	if password == "" {
+		return "", errors.New("read the password: nothing on standard input")
+	}
+	return password, nil
 }
 
 func parseOnError(v string) (time.Duration, error) {
@@ -226,7 +248,7 @@ func (p *program) cacheDir(flag string, euid int) (string, error) {
 		if err == nil {
 			return dir, nil
 		}
-		if !errors.Is(err, os.ErrPermission) {
+		if !errors.Is(err, os.ErrPermission) && !errors.Is(err, syscall.EROFS) {
 			return "", fmt.Errorf("cache directory: %w; choose another with --cache-dir", err)
 		}
 	}
