@@ -18,7 +18,9 @@ demo: build
 # Every test. What the machine cannot do is skipped and said; name capabilities
 # in EROFS_OCI_REQUIRE (or "all") to have them fail instead.
 test:
-	$(GO) test ./...
+	@skips=$$(mktemp) ; EROFS_OCI_SKIPS=$$skips $(GO) test ./... ; code=$$? ; \
+	if [ -s $$skips ] ; then echo 'tests skipped, for want of:' ; sort $$skips | uniq -c ; fi ; \
+	rm -f $$skips ; exit $$code
 
 race:
 	$(GO) test -race -short ./...

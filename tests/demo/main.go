@@ -19,8 +19,10 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -35,7 +37,10 @@ import (
 func main() {
 	binary := flag.String("binary", "bin/erofs-oci", "the erofs-oci program")
 	flag.Parse()
-	if err := run(*binary); err != nil {
+	// Ctrl-C makes the next step fail, and what was begun is still cleaned up.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, *binary); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -44,7 +49,7 @@ func main() {
 // fetchedAtMost is the part of the image, in per cent, that the demo may fetch.
 const fetchedAtMost = 5.0
 
-func run(binary string) (err error) {
+func run(ctx context.Context, binary string) (err error) {
 	binary, err = filepath.Abs(binary)
 	if err != nil {
 		return err
@@ -55,7 +60,7 @@ func run(binary string) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
-	image, want, err := buildImage(filepath.Join(dir, "image.erofs"), binary)
+	image, want, err := buildImage(ctx, filepath.Join(dir, "image.erofs"), binary)
 	if err != nil {
 		return fmt.Errorf("build the image: %w", err)
 	}
@@ -70,7 +75,7 @@ func run(binary string) (err error) {
 	}
 	defer func() { err = errors.Join(err, reg.Close()) }()
 	layer := ocipush.Layer{MediaType: registry.MediaTypeErofs, Data: image, Size: size}
-	if _, err := ocipush.Push(context.Background(), reg.URL(), "demo/rootfs:v1", []ocipush.Layer{layer}, ocipush.Options{}); err != nil {
+	if _, err := ocipush.Push(ctx, reg.URL(), "demo/rootfs:v1", []ocipush.Layer{layer}, ocipush.Options{}); err != nil {
 		return fmt.Errorf("push: %w", err)
 	}
 	ref := reg.Addr() + "/demo/rootfs:v1"
@@ -80,9 +85,9 @@ func run(binary string) (err error) {
 	s := &session{binary: binary, dir: dir, ref: ref, want: want}
 	if why := noFuse(); why != nil {
 		fmt.Printf("no mount %v; reading through the reader instead\n", why)
-		err = s.readWithoutMount()
+		err = s.readWithoutMount(ctx)
 	} else {
-		err = s.readThroughMount()
+		err = s.readThroughMount(ctx)
 	}
 	if err != nil {
 		return err
@@ -119,7 +124,7 @@ type fileSum struct {
 
 // buildImage writes an image of made-up files and of one that is there, the
 // program itself, and returns the files to read.
-func buildImage(path, binary string) (*os.File, []fileSum, error) {
+func buildImage(ctx context.Context, path, binary string) (*os.File, []fileSum, error) {
 	f, err := os.Create(path)
 	if err != nil {
 		return nil, nil, err
@@ -130,7 +135,7 @@ func buildImage(path, binary string) (*os.File, []fileSum, error) {
 	}
 	want, err := addFiles(b, binary)
 	if err == nil {
-		_, err = b.Finish(context.Background())
+		_, err = b.Finish(ctx)
 	}
 	if err != nil {
 		return nil, nil, errors.Join(err, f.Close())
@@ -188,7 +193,7 @@ func (s *session) erofsOCI(args ...string) error {
 	return nil
 }
 
-func (s *session) readThroughMount() (err error) {
+func (s *session) readThroughMount(ctx context.Context) (err error) {
 	target := filepath.Join(s.dir, "mnt")
 	if err := os.Mkdir(target, 0o755); err != nil {
 		return err
@@ -202,11 +207,10 @@ func (s *session) readThroughMount() (err error) {
 	if err := s.erofsOCI("list"); err != nil {
 		return err
 	}
-	return s.read(os.DirFS(target))
+	return s.read(ctx, os.DirFS(target))
 }
 
-func (s *session) readWithoutMount() (err error) {
-	ctx := context.Background()
+func (s *session) readWithoutMount(ctx context.Context) (err error) {
 	ref, err := registry.ParseReference(s.ref)
 	if err != nil {
 		return err
@@ -242,18 +246,18 @@ func (s *session) readWithoutMount() (err error) {
 	if err != nil {
 		return err
 	}
-	return s.read(erofs.FS())
+	return s.read(ctx, erofs.FS())
 }
 
 // read lists the whole tree and compares the chosen files.
-func (s *session) read(root fs.FS) error {
+func (s *session) read(ctx context.Context, root fs.FS) error {
 	files := 0
 	err := fs.WalkDir(root, ".", func(_ string, d fs.DirEntry, err error) error {
 		if err == nil {
 			_, err = d.Info()
 		}
 		files++
-		return err
+		return errors.Join(err, ctx.Err())
 	})
 	if err != nil {
 		return fmt.Errorf("list: %w", err)

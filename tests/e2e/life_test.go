@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
@@ -79,37 +81,39 @@ func TestBusy(t *testing.T) {
 	if !mounted(t, dir) {
 		t.Fatal("a refused umount unmounted")
 	}
-	if r := s.runWhile(f, server, binary, "umount", "--lazy", dir); r.code != 0 {
-		t.Fatalf("umount --lazy: %d, %s", r.code, r.stderr)
+	// It does not wait for the reader, who goes on.
+	s.must("umount", "--lazy", dir)
+	if mounted(t, dir) {
+		t.Error("still mounted")
 	}
+	if e := s.entry(dir); e.State != "detached" {
+		t.Errorf("listed as %+v", e)
+	}
+	wantLine(t, s.run(binary, "mount", im.ref, dir), "starting or ending")
+	readAndClose(t, f)
 	awaitEnd(t, server)
 	s.nothingLeft(dir)
 }
 
-// runWhile runs a command that detaches the mount that f is on, and reads f
-// before it lets go of it.
-func (s *session) runWhile(f *os.File, server int, name string, args ...string) result {
-	s.t.Helper()
-	done := make(chan result, 1)
-	go func() { done <- s.run(name, args...) }()
-	for mounted(s.t, args[len(args)-1]) {
-	}
+// readAndClose reads from a file that no directory leads to any more, and lets
+// go of it.
+func readAndClose(t *testing.T, f *os.File) {
+	t.Helper()
 	got := make([]byte, 4096)
 	if _, err := f.ReadAt(got, bigSize/2); err != nil || !bytes.Equal(got, content(bigFile, bigSize)[bigSize/2:bigSize/2+4096]) {
-		s.t.Errorf("a reader of a detached mount: %v", err)
+		t.Errorf("a reader of a detached mount: %v", err)
 	}
 	if err := f.Close(); err != nil {
-		s.t.Error(err)
+		t.Error(err)
 	}
-	return <-done
 }
 
-// TestForeground: the mount is there while the command runs; SIGINT and SIGTERM
-// unmount and end it with success.
+// TestForeground: the mount is there while the command runs; SIGINT, SIGTERM
+// and a closed terminal unmount and end it with success.
 func TestForeground(t *testing.T) {
 	require.Has(t, "root", "fuse")
 	im := serveImage(t)
-	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM} {
+	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
 		s := newSession(t)
 		dir := s.target()
 		cmd := s.command(context.Background(), binary, "mount", "--foreground", im.ref, dir)
@@ -118,10 +122,9 @@ func TestForeground(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		for !mounted(t, dir) || len(s.list()) == 0 {
-			if cmd.Process.Signal(syscall.Signal(0)) != nil {
-				t.Fatalf("ended early: %s", stderr.String())
-			}
+		running := func() bool { l := s.list(); return len(l) == 1 && l[0].State == "running" }
+		if err := awaitDir(filepath.Join(s.dir, "run"), "running", running); err != nil {
+			t.Fatalf("%v: %s", err, stderr.String())
 		}
 		if got, err := os.ReadFile(filepath.Join(dir, deepFile)); err != nil || !bytes.Equal(got, content(deepFile, deepSize)) {
 			t.Errorf("read %d bytes, %v", len(got), err)
@@ -151,11 +154,148 @@ func TestTerminatedInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := s.pidfd(dir)
-	kill := s.runWhile(f, server, "sh", "-c", "kill -TERM $0 # $1", pid(s.entry(dir).PID), dir)
-	if kill.code != 0 {
-		t.Fatal(kill.stderr)
+	if err := syscall.Kill(s.entry(dir).PID, syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	awaitMounts(t, "detached", func() bool { return !mounted(t, dir) })
+	readAndClose(t, f)
+	awaitEnd(t, server)
+	s.nothingLeft(dir)
+}
+
+// TestOtherMounts: what somebody mounted over a mount of ours is not ours to take
+// away.
+func TestOtherMounts(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	im := serveImage(t)
+	s := newSession(t)
+	dir := s.mount(im.ref)
+	server := s.pidfd(dir)
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
+	covered := true
+	t.Cleanup(func() {
+		if covered {
+			unix.Unmount(dir, unix.MNT_DETACH)
+		}
+	})
+	must(t, os.WriteFile(filepath.Join(dir, "precious"), nil, 0o600))
+	wantLine(t, s.run(binary, "umount", dir), "something else is mounted over it")
+	wantLine(t, s.run(binary, "umount", "--lazy", dir), "something else is mounted over it")
+	must(t, syscall.Kill(s.entry(dir).PID, syscall.SIGTERM))
+	log := s.entry(dir).Log
+	if err := awaitDir(filepath.Dir(log), "the refusal is logged", func() bool {
+		b, err := os.ReadFile(log)
+		return err == nil && strings.Contains(string(b), "something else is mounted over it")
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "precious")); err != nil {
+		t.Errorf("the other file system is gone: %v", err)
+	}
+	must(t, unix.Unmount(dir, 0))
+	covered = false
+	s.must("umount", dir)
+	awaitEnd(t, server)
+	s.nothingLeft(dir)
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestAnotherRunDir: a mount that this run directory does not know is neither
+// taken for a dead one nor detached under its readers.
+func TestAnotherRunDir(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	im := serveImage(t)
+	s, other := newSession(t), newSession(t)
+	dir := s.mount(im.ref)
+	f, err := os.Open(filepath.Join(dir, bigFile))
+	must(t, err)
+	wantLine(t, other.run(binary, "mount", im.ref, dir), "already mounted", "another user")
+	wantLine(t, other.run(binary, "umount", dir), "busy")
+	readAndClose(t, f)
+	server := s.pidfd(dir)
+	other.must("umount", dir)
+	awaitEnd(t, server)
+	s.nothingLeft(dir)
+}
+
+// TestStaleRecord: the record of a killed server whose mount somebody else took
+// away is not taken for the next server's.
+func TestStaleRecord(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	im := serveImage(t)
+	s := newSession(t)
+	dir := s.mount(im.ref)
+	server := s.pidfd(dir)
+	must(t, syscall.Kill(s.entry(dir).PID, syscall.SIGKILL))
+	awaitEnd(t, server)
+	must(t, unix.Unmount(dir, 0))
+	fault, asked := stall(t)
+	im.SetFault(fault)
+	cmd := s.command(context.Background(), binary, "mount", "--foreground", im.ref, dir)
+	must(t, cmd.Start())
+	<-asked
+	if e := s.entry(dir); e.State != "starting" || e.PID != cmd.Process.Pid {
+		t.Errorf("listed as %+v, pid is %d", e, cmd.Process.Pid)
+	}
+	must(t, cmd.Process.Signal(syscall.SIGTERM))
+	if err := cmd.Wait(); err == nil {
+		t.Error("an interrupted mount succeeds")
+	}
+	s.nothingLeft(dir)
+}
+
+// TestOrphan: a mount whose starter was killed before it was ready gives up.
+func TestOrphan(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	im := serveImage(t)
+	fault, asked := stall(t)
+	im.SetFault(fault)
+	s := newSession(t)
+	dir := s.target()
+	cmd := s.command(context.Background(), binary, "mount", im.ref, dir)
+	must(t, cmd.Start())
+	<-asked
+	server := s.pidfd(dir)
+	must(t, cmd.Process.Kill())
+	if err := cmd.Wait(); err == nil {
+		t.Error("a killed command succeeds")
 	}
 	awaitEnd(t, server)
+	s.nothingLeft(dir)
+}
+
+// TestBrokenStderr: a server outlives the one who read its messages.
+func TestBrokenStderr(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	im := serveImage(t)
+	s := newSession(t)
+	dir := s.target()
+	r, w, err := os.Pipe()
+	must(t, err)
+	cmd := s.command(context.Background(), binary, "mount", "--foreground", "--on-error=wait:1s", im.ref, dir)
+	cmd.Stderr = w
+	must(t, cmd.Start())
+	must(t, w.Close())
+	must(t, r.Close())
+	awaitMounts(t, "mounted", func() bool { return mounted(t, dir) })
+	f, err := os.Open(filepath.Join(dir, bigFile))
+	must(t, err)
+	im.Stop()
+	if _, err := f.ReadAt(make([]byte, 1), bigSize/2); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a read without a registry: %v", err)
+	}
+	must(t, im.Start())
+	readAndClose(t, f)
+	must(t, cmd.Process.Signal(syscall.SIGTERM))
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
 	s.nothingLeft(dir)
 }
 
@@ -163,7 +303,8 @@ func TestTerminatedInUse(t *testing.T) {
 func TestInterruptedMount(t *testing.T) {
 	require.Has(t, "root", "fuse")
 	im := serveImage(t)
-	im.SetFault(stall(t))
+	fault, asked := stall(t)
+	im.SetFault(fault)
 	s := newSession(t)
 	dir := s.target()
 	cmd := s.command(context.Background(), binary, "mount", im.ref, dir)
@@ -172,8 +313,7 @@ func TestInterruptedMount(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	for im.Stats().Requests == 0 {
-	}
+	<-asked
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}

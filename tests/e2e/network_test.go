@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -243,13 +242,14 @@ func TestRegistryReturns(t *testing.T) {
 	}
 }
 
-// stall is a fault that keeps every answer back until the test ends.
-func stall(t *testing.T) func(*http.Request) *fakeregistry.Fault {
-	released := make(chan struct{})
+// stall is a fault that keeps every answer back until the test ends, and says
+// when the first was asked for.
+func stall(t *testing.T) (fault func(*http.Request) *fakeregistry.Fault, asked <-chan struct{}) {
+	released, first := make(chan struct{}), make(chan struct{})
+	var once sync.Once
 	t.Cleanup(func() { close(released) })
 	return func(*http.Request) *fakeregistry.Fault {
+		once.Do(func() { close(first) })
 		return &fakeregistry.Fault{After: -1, Stall: released}
-	}
+	}, first
 }
-
-func pid(n int) string { return strconv.Itoa(n) }

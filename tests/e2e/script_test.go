@@ -67,6 +67,11 @@ func runScripts(t *testing.T, dir string) {
 				text := os.Expand(ts.ReadFile(args[0]), ts.Getenv)
 				ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
 			},
+			// awaitempty DIR waits until nothing is left in a directory.
+			"awaitempty": func(ts *testscript.TestScript, _ bool, args []string) {
+				dir := ts.MkAbs(args[0])
+				ts.Check(awaitDir(dir, "empty", func() bool { return isEmpty(dir) }))
+			},
 			// oneline FILE wants exactly one line in stdout or stderr.
 			"oneline": func(ts *testscript.TestScript, _ bool, args []string) {
 				if s := ts.ReadFile(args[0]); strings.Count(s, "\n") != 1 {

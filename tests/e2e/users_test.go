@@ -146,7 +146,8 @@ func TestUserNamespace(t *testing.T) {
 	s.asNobody()
 	dir := s.nobodysTarget()
 	script := `set -e
-mount --bind /dev/null "$(readlink -f "$(command -v fusermount3 || echo /dev/zero)")" 2>/dev/null || true
+for f in /bin/fusermount3 /bin/fusermount; do [ ! -e $f ] || mount --bind /dev/null $f; done
+! [ -x /bin/fusermount3 ]
 "$0" mount "$1" "$2"
 cksum < "$2/` + deepFile + `"
 "$0" list

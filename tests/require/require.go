@@ -11,6 +11,7 @@
 package require
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -34,6 +35,7 @@ func probes() map[string]func() error {
 		"docker-registry": program("docker-registry"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
+		"nbd-guest":       nbdGuest,
 	}
 }
 
@@ -54,7 +56,25 @@ func Has(t testing.TB, capabilities ...string) {
 		if demanded(c) {
 			t.Fatalf("require: %s is missing and EROFS_OCI_REQUIRE demands it: %v", c, err)
 		}
+		note(t, c)
 		t.Skipf("needs %s: %v", c, err)
+	}
+}
+
+// note adds the capability to the file that EROFS_OCI_SKIPS names: go test does
+// not show the skips of a package that passes, make test does.
+func note(t testing.TB, capability string) {
+	name := os.Getenv("EROFS_OCI_SKIPS")
+	if name == "" {
+		return
+	}
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatalf("require: EROFS_OCI_SKIPS: %v", err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(capability + "\n"); err != nil {
+		t.Fatalf("require: EROFS_OCI_SKIPS: %v", err)
 	}
 }
 
@@ -110,6 +130,20 @@ func userns() error {
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
 	}
 	return cmd.Run()
+}
+
+// nbdGuest is the one capability that must be asked for: booting kernels in an
+// emulator takes minutes, and their packages come over the network.
+func nbdGuest() error {
+	if !demanded("nbd-guest") {
+		return errors.New("kernels are booted only where EROFS_OCI_REQUIRE names nbd-guest (make guest)")
+	}
+	for _, name := range []string{"qemu-system-x86_64", "apt-get", "dpkg-deb"} {
+		if _, err := exec.LookPath(name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func program(name string) func() error {

@@ -50,6 +50,16 @@ func TestMissingCapability(t *testing.T) {
 			t.Errorf("EROFS_OCI_REQUIRE=%q: the test %s, want %s", demanded, got, want)
 		}
 	}
+	noted := t.TempDir() + "/skips"
+	if err := os.WriteFile(noted, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("EROFS_OCI_REQUIRE", "")
+	t.Setenv("EROFS_OCI_SKIPS", noted)
+	outcome(t, "mkfs.erofs")
+	if b, err := os.ReadFile(noted); err != nil || string(b) != "mkfs.erofs\n" {
+		t.Errorf("noted %q, %v", b, err)
+	}
 	if got := outcome(t, "no such thing"); got != "failed" {
 		t.Errorf("an unknown capability: the test %s", got)
 	}
