@@ -36,10 +36,11 @@ bench: build
 
 # Each fuzz target for so many inputs: a time limit now and then ends go test -fuzz
 # with an error of its own.
-FUZZTIME ?= 100000x
+FUZZTIME ?= 50000x
 fuzz:
 	@for p in $$($(GO) list ./...) ; do \
-		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz') ; do \
+		list=$$($(GO) test -list '^Fuzz' $$p) || { echo "$$list" ; exit 1 ; } ; \
+		for f in $$(echo "$$list" | grep '^Fuzz') ; do \
 			echo "$$f of $$p" ; \
 			$(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p || exit 1 ; \
 		done ; \
