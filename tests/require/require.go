@@ -27,7 +27,8 @@ func probes() map[string]func() error {
 	return map[string]func() error{
 		"root":            root,
 		"fuse":            fuse,
-		"kernel-erofs":    kernelErofs,
+		"kernel-erofs":    fileSystem("erofs"),
+		"overlay":         fileSystem("overlay"),
 		"loop":            loop,
 		"userns":          userns,
 		"fusermount3":     program("fusermount3"),
@@ -35,6 +36,12 @@ func probes() map[string]func() error {
 		"docker-registry": program("docker-registry"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
+		"nbdinfo":         program("nbdinfo"),
+		"nbdcopy":         program("nbdcopy"),
+		"nbdsh":           nbdsh,
+		"qemu-img":        program("qemu-img"),
+		"qemu-io":         program("qemu-io"),
+		"fio":             fioNBD,
 		"nbd-guest":       nbdGuest,
 	}
 }
@@ -102,15 +109,17 @@ func fuse() error {
 	return f.Close()
 }
 
-func kernelErofs() error {
-	known, err := os.ReadFile("/proc/filesystems")
-	if err != nil {
-		return err
+func fileSystem(name string) func() error {
+	return func() error {
+		known, err := os.ReadFile("/proc/filesystems")
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(strings.Fields(string(known)), name) {
+			return fmt.Errorf("the kernel has no %s", name)
+		}
+		return nil
 	}
-	if !slices.Contains(strings.Fields(string(known)), "erofs") {
-		return fmt.Errorf("the kernel has no erofs")
-	}
-	return nil
 }
 
 func loop() error {
@@ -142,6 +151,31 @@ func nbdGuest() error {
 		if _, err := exec.LookPath(name); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// SystemPath is the PATH with which nbdsh is run: it takes the first Python, and
+// libnbd's module is the distribution's.
+const SystemPath = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+
+func nbdsh() error {
+	path, err := exec.LookPath("nbdsh")
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(path, "--version")
+	cmd.Env = append(os.Environ(), SystemPath)
+	if said, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, said)
+	}
+	return nil
+}
+
+// fioNBD asks fio for its engine: not every build has it.
+func fioNBD() error {
+	if said, err := exec.Command("fio", "--enghelp=nbd").CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, said)
 	}
 	return nil
 }

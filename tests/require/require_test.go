@@ -75,3 +75,23 @@ func TestPresentCapability(t *testing.T) {
 		t.Errorf("the test %s", got)
 	}
 }
+
+// Kernels are booted for those only who ask for it.
+func TestGuestMustBeAskedFor(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"qemu-system-x86_64", "apt-get", "dpkg-deb"} {
+		if err := os.WriteFile(dir+"/"+name, []byte("#!/bin/sh\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct{ path, demanded, want string }{
+		{dir, "", "skipped"}, {dir, "root", "skipped"}, {dir, "nbd-guest", "ran"}, {dir, "all", "ran"},
+		{t.TempDir(), "nbd-guest", "failed"},
+	} {
+		t.Setenv("PATH", c.path)
+		t.Setenv("EROFS_OCI_REQUIRE", c.demanded)
+		if got := outcome(t, "nbd-guest"); got != c.want {
+			t.Errorf("EROFS_OCI_REQUIRE=%q: the test %s, want %s", c.demanded, got, c.want)
+		}
+	}
+}
