@@ -63,6 +63,17 @@ func (b *Blob) ReadResident(p []byte, off int64) bool {
 	return resident && err == nil // a ReadAt of the same bytes tells the error
 }
 
+// Present says whether the chunk of off is here, and where the run of chunks of which that is true ends. off lies in
+// the blob.
+func (b *Blob) Present(off int64) (present bool, end int64) {
+	s := b.store
+	c := off / s.chunkSize
+	present = s.present.has(c)
+	for c++; c < s.chunks && s.present.has(c) == present; c++ {
+	}
+	return present, min(c*s.chunkSize, s.size)
+}
+
 // Close ends the flights that this blob began and waits for them. Reads that wait end with os.ErrClosed.
 func (b *Blob) Close() error {
 	b.closing.Do(func() {

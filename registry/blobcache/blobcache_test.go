@@ -415,3 +415,24 @@ func TestUnreadableDisk(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestPresent(t *testing.T) {
+	s := newServer(5*cs + 100)
+	b := open(t, s, Options{})
+	for _, off := range []int64{cs, 2 * cs, 5 * cs} {
+		if err := b.ReadAt(ctx, make([]byte, 10), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		off     int64
+		present bool
+		end     int64
+	}{
+		{0, false, cs}, {cs - 1, false, cs}, {cs, true, 3 * cs}, {2*cs + 5, true, 3 * cs}, {3 * cs, false, 5 * cs}, {5*cs + 99, true, 5*cs + 100},
+	} {
+		if present, end := b.Present(c.off); present != c.present || end != c.end {
+			t.Errorf("at %d: %v to %d, want %v to %d", c.off, present, end, c.present, c.end)
+		}
+	}
+}
