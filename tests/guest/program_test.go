@@ -1,0 +1,155 @@
+package guest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
+	"github.com/erofs-oci/erofs-oci/tests/ocipush"
+	"github.com/erofs-oci/erofs-oci/tests/tree"
+)
+
+// programFile is where the guest finds erofs-oci.
+const programFile = "/bin/erofs-oci"
+
+// program runs erofs-oci and returns what it prints.
+func program(t *testing.T, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, programFile, args...)
+	var stdout, stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("erofs-oci %s: %v: %s", strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String()
+}
+
+// serveTree has a registry in this process serve the large tree.
+func serveTree(t *testing.T) (r *fakeregistry.Registry, ref string) {
+	t.Helper()
+	r, err := fakeregistry.New(fakeregistry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	f, err := os.Open(treeFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer := ocipush.Layer{MediaType: registry.MediaTypeErofs, Data: f, Size: size}
+	if _, err := ocipush.Push(t.Context(), r.URL(), "tree:v1", []ocipush.Layer{layer}, ocipush.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	return r, r.Addr() + "/tree:v1"
+}
+
+// testProgram is the life of a mount, with the program itself: its registry goes
+// away in mid-read and comes back, its server is killed and replaced, and umount(2)
+// ends it all.
+func testProgram(t *testing.T, _ version) {
+	const onError = 2 * time.Second
+	reg, ref := serveTree(t)
+	want := largeListing(t)
+	dir := t.TempDir()
+	program(t, "mount", "--backend=nbd", "--plain-http", "--on-error=wait:"+onError.String(), "--cache-dir", t.TempDir(), ref, dir)
+
+	if _, err := tree.List(dir); err != nil {
+		t.Error(err)
+	}
+	reg.Stop()
+	begin := time.Now()
+	_, err := tree.Walk(dir)
+	// What was read ahead may have been waited for since before begin.
+	if took := time.Since(begin); !errors.Is(err, unix.EIO) || took < onError/2 || took > 10*onError {
+		t.Errorf("without a registry: %v after %v", err, took)
+	}
+	if err := reg.Start(); err != nil {
+		t.Fatal(err)
+	}
+	same(t, want, dir, tree.Ino, tree.DirNlink)
+
+	before := onlyEntry(t, "running")
+	if err := syscall.Kill(before.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, before.PID)
+	onlyEntry(t, "orphaned")
+	dropCaches(t)
+	program(t, "reattach", dir)
+	same(t, want, dir, tree.Ino, tree.DirNlink)
+	after := onlyEntry(t, "running")
+	if after.PID == before.PID {
+		t.Error("the new server is the old one")
+	}
+
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Error(err)
+	}
+	awaitEnd(t, after.PID)
+	if left, err := filepath.Glob("/run/erofs-oci/*"); err != nil || len(left) > 0 {
+		t.Errorf("left in the run directory: %v, %v", left, err)
+	}
+}
+
+type entry struct {
+	PID   int    `json:"pid"`
+	State string `json:"state"`
+}
+
+// onlyEntry is the only mount that erofs-oci list shows.
+func onlyEntry(t *testing.T, state string) entry {
+	t.Helper()
+	var all []entry
+	text := program(t, "list", "--json")
+	if err := json.Unmarshal([]byte(text), &all); err != nil || len(all) != 1 || all[0].State != state {
+		t.Fatalf("listed %s; want one mount that is %s (%v)", text, state, err)
+	}
+	return all[0]
+}
+
+// awaitEnd returns when the process has ended: its descriptor is readable then.
+func awaitEnd(t *testing.T, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(p, int((20 * time.Second).Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			t.Fatalf("process %d does not end (%v)", pid, err)
+		}
+		return
+	}
+}
