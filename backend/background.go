@@ -36,19 +36,28 @@ type ChildError struct {
 
 func (e *ChildError) Error() string { return e.Text }
 
-// StartInBackground runs this program again with the same arguments, in a
-// session of its own, and returns when it reports that it is ready or why it is
-// not. A cancelled ctx ends the child before that. The child reads stdin (nil:
-// nothing) through a pipe: a terminal would not answer another session.
-func StartInBackground(ctx context.Context, stdin io.Reader) error {
-	r, w, err := os.Pipe()
+// StartInBackground runs this program with args, detached in a session of its own,
+// and returns when it reports that it is ready or why it is not. A cancelled ctx
+// ends the child before that. The child reads stdin (nil: nothing) through a pipe:
+// a terminal would not answer another session.
+func StartInBackground(ctx context.Context, args []string, stdin io.Reader) error {
+	cmd, err := StartChild(ctx, args, stdin)
 	if err != nil {
 		return err
 	}
+	return cmd.Process.Release()
+}
+
+// StartChild is StartInBackground for those who want to wait for the child's end.
+func StartChild(ctx context.Context, args []string, stdin io.Reader, env ...string) (*exec.Cmd, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
 	defer r.Close()
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), reportEnv+"=3")
+	cmd.Env = append(append(os.Environ(), env...), reportEnv+"=3")
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Stdin = stdin
 	cmd.Stderr = os.Stderr
@@ -60,20 +69,20 @@ func StartInBackground(ctx context.Context, stdin io.Reader) error {
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
-		return fmt.Errorf("start the server: %w", err)
+		return nil, fmt.Errorf("start the server: %w", err)
 	}
 	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
 	defer stop()
 	var rep report
 	if err := json.NewDecoder(r).Decode(&rep); err != nil {
-		return diedEarly(cmd, err)
+		return nil, diedEarly(cmd, err)
 	}
 	if rep.Error == "" {
-		return cmd.Process.Release()
+		return cmd, nil
 	}
 	// Its exit code is in the report; what counts is that it is gone.
 	_ = cmd.Wait()
-	return &ChildError{Text: rep.Error, Code: rep.Code}
+	return nil, &ChildError{Text: rep.Error, Code: rep.Code}
 }
 
 // diedEarly makes an error of a child that ended without a report.

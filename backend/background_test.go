@@ -89,7 +89,7 @@ func inherited() bool {
 func TestStartInBackground(t *testing.T) {
 	start := func(ctx context.Context, role string, stdin io.Reader) error {
 		t.Setenv(roleEnv, role)
-		return StartInBackground(ctx, stdin)
+		return StartInBackground(ctx, os.Args[1:], stdin)
 	}
 	var failed *ChildError
 	if err := start(t.Context(), "fail", nil); !errors.As(err, &failed) || failed.Code != 2 || failed.Text != "no such luck" {

@@ -65,13 +65,17 @@ func (s stack) has(d Device) bool {
 	return slices.ContainsFunc(s, func(m *mountinfo.Info) bool { return deviceOf(m) == d })
 }
 
-// top is the topmost mount if it is one of ours, by its type, and its device.
-func (s stack) top() (Device, bool) {
-	if len(s) == 0 || s[len(s)-1].FSType != FuseType {
-		return "", false
+// top is the device of the topmost mount, "" where there is none.
+func (s stack) top() Device {
+	if len(s) == 0 {
+		return ""
 	}
-	return deviceOf(s[len(s)-1]), true
+	return deviceOf(s[len(s)-1])
 }
+
+// fuse tells whether the topmost mount is a FUSE mount of ours, whoever recorded
+// it: its type says so. Other mounts of ours are known by their record only.
+func (s stack) fuse() bool { return len(s) > 0 && s[len(s)-1].FSType == FuseType }
 
 // MountedDevice is the device of the mount that was just made on dir.
 func MountedDevice(dir, fsType string) (Device, error) {
@@ -82,7 +86,7 @@ func MountedDevice(dir, fsType string) (Device, error) {
 	if len(on) == 0 || on[len(on)-1].FSType != fsType {
 		return "", fmt.Errorf("%s: the new mount is not there", dir)
 	}
-	return deviceOf(on[len(on)-1]), nil
+	return on.top(), nil
 }
 
 // serverless tells whether nobody serves the FUSE mount on dir any more.

@@ -29,6 +29,23 @@ type Record struct {
 	PID       int       `json:"pid"`
 	Since     time.Time `json:"since"`
 	Log       string    `json:"log,omitempty"`
+
+	// What another server needs to take the mount over.
+	Size   int64           `json:"size,omitempty"` // of the blob
+	Access Access          `json:"access"`
+	NBD    json.RawMessage `json:"nbd,omitempty"` // the devices, as package nbdserve describes them
+
+	Overlay      string `json:"overlay,omitempty"` // where what is written goes
+	TmpfsOverlay bool   `json:"tmpfs_overlay,omitempty"`
+}
+
+// Access is how the blob of a mount is reached, but for what is secret.
+type Access struct {
+	PlainHTTP bool   `json:"plain_http,omitempty"`
+	Username  string `json:"username,omitempty"` // the password is asked for again
+	AuthFile  string `json:"authfile,omitempty"`
+	OnError   string `json:"on_error,omitempty"`
+	CacheDir  string `json:"cache_dir,omitempty"`
 }
 
 // State says how a recorded mount is.
@@ -41,8 +58,11 @@ const (
 	// Detached: the server runs, but its mount is not to be seen: it was
 	// detached in use, or is in another mount namespace.
 	Detached State = "detached"
-	// Dead: the server ended without unmounting.
+	// Dead: the server ended without unmounting, and nobody can take its place.
 	Dead State = "dead"
+	// Orphaned: the server ended without unmounting. Readers wait, and another
+	// server can take its place.
+	Orphaned State = "orphaned"
 )
 
 // Entry is a record and the state that its mount is in.
@@ -106,7 +126,7 @@ func (r *RunDir) lockAfter(ctx context.Context, dir string) (*Claim, error) {
 	if err != nil {
 		return nil, err
 	}
-	if recorded && rec.Device != "" && on.has(rec.Device) {
+	if recorded && on.has(rec.Device) {
 		return nil, inUse
 	}
 	wait, cancel := context.WithTimeout(ctx, endPatience)
@@ -131,11 +151,10 @@ func (r *RunDir) checkFree(id, dir string) error {
 	if err != nil {
 		return err
 	}
-	_, ours := on.top()
 	switch {
-	case recorded && rec.Device != "" && on.has(rec.Device), ours && serverless(dir):
+	case recorded && on.has(rec.Device), on.fuse() && serverless(dir):
 		return fmt.Errorf("mount target %s is a mount whose server is gone; erofs-oci umount it first", dir)
-	case ours:
+	case on.fuse():
 		return fmt.Errorf("%s %w, of another user or with another run directory", dir, ErrInUse)
 	}
 	return nil
@@ -189,13 +208,21 @@ func (c *Claim) Write(rec Record) error {
 	return os.Rename(next, c.run.file(c.id, ".json"))
 }
 
+// Abandon lets go of the directory and leaves the record to the next who comes.
+func (c *Claim) Abandon() error { return c.lock.Close() }
+
+// SupervisorLog is where who supervises the server of dir may write.
+func (r *RunDir) SupervisorLog(dir string) string { return r.file(id(dir), ".supervisor.log") }
+
 // Release takes the record away and lets go of the directory.
 func (c *Claim) Release() error {
 	err := c.run.remove(c.id)
 	return errors.Join(err, c.lock.Close())
 }
 
-func logSuffixes() []string { return []string{".log.1", ".log"} }
+func logSuffixes() []string {
+	return []string{".log.1", ".log", ".supervisor.log.1", ".supervisor.log"}
+}
 
 // remove deletes the files of one mount, the lock last: whoever finds a record
 // without its lock finds a mount that has no server.
@@ -307,8 +334,7 @@ func (r *RunDir) entry(id string) (Entry, bool, error) {
 	if err != nil {
 		return Entry{}, false, err
 	}
-	_, ours := on.top()
-	mounted := on.has(rec.Device) || rec.Device == "" && ours && serverless(rec.Dir)
+	mounted := on.has(rec.Device) || rec.Device == "" && on.fuse() && serverless(rec.Dir)
 	switch {
 	case alive && rec.Device == "":
 		return Entry{rec, Starting}, true, nil
@@ -316,10 +342,34 @@ func (r *RunDir) entry(id string) (Entry, bool, error) {
 		return Entry{rec, Running}, true, nil
 	case alive:
 		return Entry{rec, Detached}, true, nil
+	case mounted && rec.NBD != nil:
+		return Entry{rec, Orphaned}, true, nil
 	case mounted:
 		return Entry{rec, Dead}, true, nil
 	}
 	return Entry{}, false, r.sweep(id)
+}
+
+// Find returns the entry of dir, and whether there is one.
+func (r *RunDir) Find(dir string) (Entry, bool, error) { return r.entry(id(dir)) }
+
+// Adopt takes an orphaned mount for this process.
+func (r *RunDir) Adopt(dir string) (*Claim, Record, error) {
+	e, ok, err := r.Find(dir)
+	if err != nil {
+		return nil, Record{}, err
+	}
+	if !ok {
+		return nil, Record{}, fmt.Errorf("%s is not mounted by erofs-oci; erofs-oci list shows what is", dir)
+	}
+	if e.State != Orphaned {
+		return nil, Record{}, fmt.Errorf("%s is %s, not orphaned: there is nothing to reattach", dir, e.State)
+	}
+	c, err := r.lock(id(dir))
+	if errors.Is(err, ErrInUse) {
+		return nil, Record{}, fmt.Errorf("%s is being reattached by another process", dir)
+	}
+	return c, e.Record, err
 }
 
 // sweep removes what a server left that could not clean up after itself. It

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -48,7 +49,7 @@ func TestRecordLife(t *testing.T) {
 	}
 	c := claim(t, r, rec)
 	got := list(t, r)
-	if len(got) != 1 || got[0].Record != rec || got[0].State != Starting {
+	if len(got) != 1 || !reflect.DeepEqual(got[0].Record, rec) || got[0].State != Starting {
 		t.Fatalf("listed %+v", got)
 	}
 	// Not mounted yet, or not any more: whoever comes next waits a little.

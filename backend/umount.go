@@ -19,7 +19,7 @@ func Detach(dir string, d Device, lazy bool) error {
 	if err != nil || !on.has(d) {
 		return err
 	}
-	if top, _ := on.top(); top != d {
+	if on.top() != d {
 		return fmt.Errorf("unmount %s: something else is mounted over it; unmount that first", dir)
 	}
 	return detachTop(dir, lazy)
@@ -101,11 +101,12 @@ func (r *RunDir) Unmount(ctx context.Context, dir string, lazy bool, patience ti
 	if err != nil {
 		return err
 	}
-	top, ours := on.top()
+	known := recorded && rec.Device != ""
+	ours := known && on.top() == rec.Device || !known && on.fuse()
 	switch {
-	case ours && (!recorded || rec.Device == "" || rec.Device == top):
-		// Nobody can close a file of a dead server: waiting is of no use.
-		if err := Detach(real, top, lazy || !alive && serverless(real)); err != nil {
+	case ours:
+		// Nobody can close a file of a dead FUSE server: waiting is of no use.
+		if err := Detach(real, on.top(), lazy || !alive && serverless(real)); err != nil {
 			return err
 		}
 	case recorded && on.has(rec.Device):

@@ -1,0 +1,296 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// OverlayType is the type under which /proc/mounts shows a writable mount.
+const OverlayType = "overlay"
+
+// Overlay makes the mounts of another backend writable, with the kernel's
+// overlayfs:
+//
+//	target               overlay, the only mount that stays to be seen
+//	 ├ upper, work       in the directory Upper, or on a tmpfs of its own
+//	 └ lower             what Inner mounts
+//
+// Inner, and the tmpfs, are mounted on hidden directories for as long as it takes
+// to mount the overlay. That holds their file systems from then on, without a
+// directory, so that whoever unmounts target, by umount(8) or otherwise, ends
+// everything.
+//
+// The root directory's owner, mode and attributes are the image's when Upper is
+// used for the first time.
+//
+// What an image has of overlayfs's own marks (whiteouts, attributes named
+// trusted.overlay.*) is taken for such: it is not shown.
+//
+// It takes root, or the root of a user namespace with a mount namespace of its
+// own.
+type Overlay struct {
+	Inner Backend
+	// Upper is the directory that keeps what is written, also for the next
+	// mount; it is made if only its parent is there. See upperDir for what is in
+	// it. It cannot be on an overlay or on a network's file system.
+	Upper string
+	// Tmpfs keeps what is written in memory instead, until the mount ends.
+	Tmpfs bool
+	// Image says of which image the content of Upper are changes, as a digest.
+	// Changes of one image make no sense on another: Upper remembers what it
+	// belongs to. Empty is not checked.
+	Image string
+	// Hidden is where the hidden directories are made; os.TempDir if empty.
+	Hidden string
+}
+
+// Mount mounts v by Inner and the overlay on target. It leaves nothing if it fails.
+func (o Overlay) Mount(ctx context.Context, v Volume, target string, opts Options) (Mount, error) {
+	if o.Tmpfs == (o.Upper != "") {
+		return nil, errors.New("overlay: what is written is kept either in a directory or in memory")
+	}
+	upper, err := o.lock()
+	if err != nil {
+		return nil, err
+	}
+	m := newOverlayMount(target, upper, opts.Log)
+	s, err := o.stage(opts.Name)
+	if err == nil {
+		err = o.mountStaged(ctx, m, s, v, opts)
+	}
+	switch closeErr := s.close(); {
+	case err != nil:
+		return nil, errors.Join(err, closeErr, m.release())
+	case closeErr != nil:
+		m.log.Warn("a hidden directory of the overlay is left", "dir", s.dir, "err", closeErr)
+	}
+	return m, nil
+}
+
+// lock is nil where memory keeps what is written.
+func (o Overlay) lock() (*upperDir, error) {
+	if o.Tmpfs {
+		return nil, nil
+	}
+	return lockUpper(o.Upper, o.Image)
+}
+
+func (o Overlay) mountStaged(ctx context.Context, m *overlayMount, s *staging, v Volume, opts Options) error {
+	inner, err := o.Inner.Mount(ctx, v, s.lower, opts)
+	if err != nil {
+		return err
+	}
+	m.inner = inner
+	err = m.cover(ctx, s, opts)
+	// Taken away from the hidden directory it lives on in the overlay, or ends.
+	unmountErr := inner.Unmount()
+	if err == nil && unmountErr != nil {
+		err = Detach(m.target, m.device, true)
+	}
+	if unmountErr != nil {
+		return errors.Join(err, unmountErr) // it would not end
+	}
+	if err != nil {
+		return errors.Join(err, inner.Wait())
+	}
+	return nil
+}
+
+// cover mounts the overlay over what is staged.
+func (m *overlayMount) cover(ctx context.Context, s *staging, opts Options) error {
+	upper := m.upper
+	if upper == nil {
+		upper = &upperDir{dir: s.memory}
+	}
+	if err := upper.prepare(s.lower, m.log); err != nil {
+		return err
+	}
+	if err := upper.mount(s.lower, m.target, opts); err != nil {
+		return err
+	}
+	var err error
+	if m.device, err = MountedDevice(m.target, OverlayType); err != nil {
+		return err
+	}
+	if err := context.Cause(ctx); err != nil {
+		return errors.Join(err, Detach(m.target, m.device, true))
+	}
+	return nil
+}
+
+// Resume is the Mount of a device on target that another process mounted, and of
+// which this process has taken over what is below: inner.
+func (o Overlay) Resume(inner Mount, target string, device Device, log *slog.Logger) (Mount, error) {
+	upper, err := o.lock()
+	if err != nil {
+		return nil, err
+	}
+	m := newOverlayMount(target, upper, log)
+	m.inner, m.device = inner, device
+	return m, nil
+}
+
+// overlayMount is a mounted overlay and what it holds.
+type overlayMount struct {
+	inner   Mount
+	target  string
+	device  Device
+	log     *slog.Logger
+	upper   *upperDir    // nil where memory keeps what is written
+	release func() error // lets go of upper, once
+}
+
+func newOverlayMount(target string, upper *upperDir, log *slog.Logger) *overlayMount {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &overlayMount{target: target, log: log, upper: upper, release: sync.OnceValue(upper.close)}
+}
+
+// Inner is the mount below the overlay. It has no directory.
+func (m *overlayMount) Inner() Mount { return m.inner }
+
+func (m *overlayMount) Device() Device { return m.device }
+
+// Wait waits for what is below: that ends after the overlay.
+func (m *overlayMount) Wait() error { return errors.Join(m.inner.Wait(), m.release()) }
+
+func (m *overlayMount) Unmount() error {
+	err := Detach(m.target, m.device, false)
+	if errors.Is(err, unix.EBUSY) {
+		m.log.Warn("in use: detached; the server ends with the last user", "dir", m.target)
+		err = Detach(m.target, m.device, true)
+	}
+	return err
+}
+
+// staging is where the parts of an overlay are mounted while it is made: hidden
+// directories in one that nobody else can enter.
+type staging struct {
+	dir    string
+	lower  string // for Inner
+	memory string // a tmpfs, or "" where there is none
+}
+
+// stage always returns what is to be closed.
+func (o Overlay) stage(name string) (*staging, error) {
+	s := &staging{}
+	dir, err := os.MkdirTemp(o.Hidden, "erofs-oci-overlay-")
+	if err != nil {
+		return s, err
+	}
+	s.dir = dir
+	// As /proc/self/mountinfo will show it.
+	real, err := RealDir(dir)
+	if err != nil {
+		return s, err
+	}
+	s.dir, s.lower = real, filepath.Join(real, "lower")
+	if err := os.Mkdir(s.lower, 0o700); err != nil {
+		return s, err
+	}
+	if !o.Tmpfs {
+		return s, nil
+	}
+	memory := filepath.Join(real, "memory")
+	if err := os.Mkdir(memory, 0o700); err != nil {
+		return s, err
+	}
+	if err := unix.Mount(name, memory, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700"); err != nil {
+		return s, errors.Join(fmt.Errorf("mount a tmpfs for the overlay: %w%s", err, overlayAdvice(err)), os.Remove(memory))
+	}
+	s.memory = memory
+	return s, nil
+}
+
+// close takes the hidden directories away; never what may be mounted on one.
+func (s *staging) close() error {
+	var errs []error
+	if s.memory != "" {
+		if err := unix.Unmount(s.memory, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", s.memory, err))
+		}
+	}
+	for _, dir := range []string{s.lower, s.memory, s.dir} {
+		if dir == "" {
+			continue
+		}
+		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// mount mounts the overlay of upper over lower.
+func (u *upperDir) mount(lower, target string, opts Options) error {
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	var words []string
+	for _, part := range []struct{ name, dir string }{
+		{"lowerdir", lower}, {"upperdir", u.changes()}, {"workdir", u.work()},
+	} {
+		value := part.dir
+		if !plainPath(value) {
+			// A path of plain characters that leads to the same directory.
+			f, err := os.OpenFile(part.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			files = append(files, f)
+			value = "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
+		}
+		words = append(words, part.name+"="+value)
+	}
+	initial, err := initialUserNamespace(os.DirFS("/"))
+	if err != nil {
+		return err
+	}
+	if !initial {
+		// There overlayfs may not keep its notes in trusted.* attributes.
+		words = append(words, "userxattr")
+	}
+	if err := unix.Mount(opts.Name, target, OverlayType, opts.Flags.Flags, strings.Join(words, ",")); err != nil {
+		return fmt.Errorf("mount an overlay on %s, with what is written kept in %s: %w%s", target, u.dir, err, overlayAdvice(err))
+	}
+	return nil
+}
+
+// maxPlainPath keeps three paths and their names within the page that mount(2)
+// takes.
+const maxPlainPath = 1000
+
+// plainPath tells whether a path can be said in an option of overlayfs as it is.
+// What separates options and layers can be escaped, but not in the same way for
+// each kernel (fs/overlayfs/params.c ovl_next_opt, ovl_parse_param_split_lowerdirs).
+func plainPath(path string) bool {
+	return len(path) <= maxPlainPath && !strings.ContainsAny(path, `\,:"`)
+}
+
+// overlayAdvice says what an errno of mount(2) means here. The kernel gives its
+// reason in its log only.
+func overlayAdvice(err error) string {
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return ": this kernel has no overlayfs; load the module (modprobe overlay)"
+	case errors.Is(err, unix.EPERM):
+		return ": a writable mount takes root, or a user namespace of your own (unshare -Urm) and Linux 5.11"
+	case errors.Is(err, unix.EINVAL):
+		return ": the directory's file system cannot keep what is written to an overlay; one on ext4, xfs, btrfs or tmpfs can (dmesg has the reason)"
+	}
+	return ""
+}

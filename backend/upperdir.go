@@ -1,0 +1,194 @@
+package backend
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// upperDir is a directory that keeps what is written to an overlay:
+//
+//	upper/             what was written, as overlayfs keeps it
+//	work/              overlayfs's own
+//	.erofs-oci-image   the digest of the image that was written to; locked for as
+//	                   long as a server has the overlay mounted: two mounts of one
+//	                   upper directory would spoil it
+//
+// What else is in it is left alone.
+type upperDir struct {
+	dir   string
+	image string
+	lock  *os.File
+	// known says that upper/ is this image's already, and noted that the file
+	// says so.
+	known, noted bool
+}
+
+func (u *upperDir) changes() string { return filepath.Join(u.dir, "upper") }
+func (u *upperDir) work() string    { return filepath.Join(u.dir, "work") }
+
+const imageFile = ".erofs-oci-image"
+
+// maxImage bounds what is read of that file.
+const maxImage = 4096
+
+// lockUpper opens dir for the changes of an image, and makes it unless it is
+// there. Nobody else can until close.
+func lockUpper(dir, image string) (_ *upperDir, err error) {
+	// What others may reach through the mount only, they may not reach around it.
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("overlay: %w", err)
+	}
+	// A server in the background has another working directory.
+	if dir, err = RealDir(dir); err != nil {
+		return nil, fmt.Errorf("overlay: %w", err)
+	}
+	u := &upperDir{dir: dir, image: image}
+	if u.lock, err = os.OpenFile(filepath.Join(dir, imageFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
+		return nil, fmt.Errorf("overlay: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, u.close())
+		}
+	}()
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+	err = unix.FcntlFlock(u.lock.Fd(), unix.F_OFD_SETLK, &lock)
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+		return nil, fmt.Errorf("overlay: another mount keeps in %s what is written to it; choose another directory", dir)
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "lock", Path: u.lock.Name(), Err: err}
+	}
+	return u, u.check()
+}
+
+// close lets go of the directory.
+func (u *upperDir) close() error {
+	if u == nil {
+		return nil
+	}
+	return u.lock.Close()
+}
+
+// check refuses changes of another image. Where nothing was changed yet, it does
+// not matter what was there before.
+func (u *upperDir) check() error {
+	b, err := io.ReadAll(io.LimitReader(u.lock, maxImage))
+	if err != nil {
+		return err
+	}
+	was := strings.TrimSpace(string(b))
+	names, err := os.ReadDir(u.changes())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("overlay: %w", err)
+	}
+	u.noted = u.image == "" || was == u.image
+	u.known = err == nil && u.noted && was != "" || len(names) > 0
+	if u.noted || was == "" || len(names) == 0 {
+		return nil
+	}
+	return fmt.Errorf("overlay: %s holds changes of another image, %.100q, and this one is %s: choose another directory", u.dir, was, u.image)
+}
+
+// prepare makes what overlayfs needs, the new root directory in the likeness of
+// lower's, and notes which image it is for.
+func (u *upperDir) prepare(lower string, log *slog.Logger) error {
+	if !u.known {
+		if err := u.begin(lower, log); err != nil {
+			return fmt.Errorf("overlay: %w", err)
+		}
+	}
+	if err := os.Mkdir(u.work(), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("overlay: %w", err)
+	}
+	if u.noted || u.lock == nil {
+		return nil
+	}
+	if err := u.lock.Truncate(0); err != nil {
+		return err
+	}
+	_, err := u.lock.WriteAt([]byte(u.image+"\n"), 0)
+	return err
+}
+
+// begin makes upper/ anew, which is empty or missing.
+func (u *upperDir) begin(lower string, log *slog.Logger) error {
+	// The index of hard links would refuse another upper/ (ESTALE).
+	for _, dir := range []string{u.changes(), filepath.Join(u.work(), "index")} {
+		if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+			return &fs.PathError{Op: "rmdir", Path: dir, Err: err}
+		}
+	}
+	if err := os.Mkdir(u.changes(), 0o700); err != nil {
+		return err
+	}
+	if err := copyAttributes(lower, u.changes(), log); err != nil {
+		return fmt.Errorf("make %s like the image's root directory: %w", u.changes(), err)
+	}
+	return nil
+}
+
+// copyAttributes gives directory to what from has: overlayfs shows the upper of
+// two directories. Times come last, since the rest changes them.
+func copyAttributes(from, to string, log *slog.Logger) error {
+	var st unix.Stat_t
+	if err := unix.Stat(from, &st); err != nil {
+		return &fs.PathError{Op: "stat", Path: from, Err: err}
+	}
+	if err := os.Lchown(to, int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	if err := copyXattrs(from, to, log); err != nil {
+		return err
+	}
+	if err := unix.Chmod(to, st.Mode&0o7777); err != nil {
+		return &fs.PathError{Op: "chmod", Path: to, Err: err}
+	}
+	times := []unix.Timespec{st.Atim, st.Mtim}
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, to, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return &fs.PathError{Op: "utimensat", Path: to, Err: err}
+	}
+	return nil
+}
+
+// maxXattrs is XATTR_LIST_MAX and XATTR_SIZE_MAX of linux/limits.h.
+const maxXattrs = 64 << 10
+
+// copyXattrs copies what the file system and the user's rights permit; what is
+// left out is logged.
+func copyXattrs(from, to string, log *slog.Logger) error {
+	names, value := make([]byte, maxXattrs), make([]byte, maxXattrs)
+	n, err := unix.Llistxattr(from, names)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return nil
+	}
+	if err != nil {
+		return &fs.PathError{Op: "listxattr", Path: from, Err: err}
+	}
+	for b := range bytes.SplitSeq(names[:n], []byte{0}) {
+		name := string(b)
+		if name == "" || strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.") {
+			continue // overlayfs's own say how it has to treat a layer
+		}
+		size, err := unix.Lgetxattr(from, name, value)
+		if err == nil {
+			err = unix.Lsetxattr(to, name, value[:size], 0)
+		}
+		switch {
+		case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+			log.Warn("an attribute of the image's root directory is not to be seen in the writable mount", "name", name, "err", err)
+		case err != nil:
+			return fmt.Errorf("%s of %s: %w", name, from, err)
+		}
+	}
+	return nil
+}
