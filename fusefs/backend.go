@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -31,6 +32,13 @@ func (Backend) Mount(ctx context.Context, v backend.Volume, target string, o bac
 	if err != nil {
 		return nil, err
 	}
+	initial, err := backend.InitialUserNamespace(os.DirFS("/"))
+	if err != nil {
+		return nil, err
+	}
+	if o.Name == "" {
+		o.Name = "erofs-oci" // mount(2) does not take an empty source
+	}
 	dev, err := attach(target, o)
 	if err != nil {
 		return nil, err
@@ -39,47 +47,56 @@ func (Backend) Mount(ctx context.Context, v backend.Volume, target string, o bac
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(dev))
 	}
-	m, err := serve(im, dev, target, o)
+	log := logger(o)
+	life, end := context.WithCancel(context.Background())
+	fsys := newFileSystem(life, im, log)
+	fsys.trusted = initial
+	done, err := serve(fsys, dev, log, end)
 	if err != nil {
+		end()
 		return nil, errors.Join(err, backend.Detach(target, id, true))
 	}
-	m.device = id
-	return m, nil
+	return &mount{target: target, device: id, log: log, done: done}, nil
 }
 
-// mount is a served FUSE mount.
+// mount is a mount whose end is the end of a FUSE connection.
 type mount struct {
 	target string
 	device backend.Device
 	log    *slog.Logger
-	done   chan struct{}
+	done   <-chan struct{}
 }
 
-// serve answers what comes over the connection dev, which it takes over.
-func serve(im *erofsfmt.Image, dev int, target string, o backend.Options) (*mount, error) {
-	log := o.Log
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
-	life, cancel := context.WithCancel(context.Background())
-	server, err := fuse.NewServer(newFileSystem(life, im, log), fmt.Sprintf("/dev/fd/%d", dev), &fuse.MountOptions{
+// serve answers what comes over the connection dev, which it takes over. When the
+// kernel ends the connection, it calls end and closes done.
+func serve(fsys fuse.RawFileSystem, dev int, log *slog.Logger, end func()) (done <-chan struct{}, err error) {
+	server, err := fuse.NewServer(fsys, fmt.Sprintf("/dev/fd/%d", dev), &fuse.MountOptions{
 		MaxBackground:            64,
 		MaxWrite:                 maxRead,
 		EnableSymlinkCaching:     true,
 		ExplicitDataCacheControl: true,
-		Logger:                   slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		// It makes a stacked file system of us, on which the kernel mounts no
+		// EROFS (fs/erofs/super.c erofs_fc_fill_super).
+		DisabledCapabilities: fuse.CAP_PASSTHROUGH,
+		Logger:               slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	})
 	if err != nil {
-		cancel()
 		return nil, fmt.Errorf("fuse: %w", err)
 	}
-	m := &mount{target: target, log: log, done: make(chan struct{})}
+	served := make(chan struct{})
 	go func() {
-		defer close(m.done)
-		defer cancel()
+		defer close(served)
+		defer end()
 		server.Serve()
 	}()
-	return m, nil
+	return served, nil
+}
+
+func logger(o backend.Options) *slog.Logger {
+	if o.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return o.Log
 }
 
 func (m *mount) Wait() error {

@@ -45,7 +45,7 @@ func (f *fileSystem) fail(op string, node uint64, err error) fuse.Status {
 	case errors.Is(err, context.Canceled) && f.ctx.Err() != nil:
 		// The mount ends; nobody waits for the reason.
 	default:
-		f.errs.say(op, f.ids.nid(node), syscall.Errno(st), err)
+		f.errs.say(op, slog.Uint64("nid", uint64(f.ids.nid(node))), syscall.Errno(st), err)
 	}
 	return st
 }
@@ -69,7 +69,7 @@ func newErrorLog(log *slog.Logger) *errorLog {
 	return &errorLog{log: log}
 }
 
-func (l *errorLog) say(op string, nid erofsfmt.Nid, errno syscall.Errno, err error) {
+func (l *errorLog) say(op string, where slog.Attr, errno syscall.Errno, err error) {
 	l.mu.Lock()
 	now := time.Now()
 	if now.Sub(l.last) < errorLogPause {
@@ -80,5 +80,5 @@ func (l *errorLog) say(op string, nid erofsfmt.Nid, errno syscall.Errno, err err
 	dropped := l.dropped
 	l.last, l.dropped = now, 0
 	l.mu.Unlock()
-	l.log.Error("request failed", "op", op, "nid", uint64(nid), "errno", errno.Error(), "err", err, "more_before", dropped)
+	l.log.Error("request failed", "op", op, where, "errno", errno.Error(), "err", err, "more_before", dropped)
 }

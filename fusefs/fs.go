@@ -49,6 +49,9 @@ type fileSystem struct {
 	sb   erofsfmt.Superblock
 	ids  nodeIDs
 	errs *errorLog
+	// trusted says that root may see trusted.* attributes: root of the first
+	// user namespace, the only one that the kernel lets read them.
+	trusted bool
 	// noOpen and noOpendir are set by Init, before the first request.
 	noOpen, noOpendir bool
 }

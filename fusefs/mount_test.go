@@ -28,7 +28,23 @@ import (
 
 // The server runs in a process of its own, as it does in life: a process that
 // reads its own FUSE mount can wait for itself.
-const serveEnv = "EROFS_OCI_TEST_SERVE"
+// The first variable names the image, the second one the backend.
+const (
+	serveEnv   = "EROFS_OCI_TEST_SERVE"
+	backendEnv = "EROFS_OCI_TEST_BACKEND"
+)
+
+func backendFor(name string) (backend.Backend, error) {
+	switch name {
+	case "fuse":
+		return fusefs.Backend{}, nil
+	case "file":
+		return fusefs.FileBackend{}, nil
+	case "loop":
+		return fusefs.MountingBy(throughLoop), nil
+	}
+	return nil, fmt.Errorf("no backend %q", name)
+}
 
 func TestMain(m *testing.M) {
 	if image, ok := os.LookupEnv(serveEnv); ok {
@@ -45,6 +61,10 @@ func TestMain(m *testing.M) {
 // there, and says "ready". While a file IMAGE.broken is there, every read of the
 // image fails.
 func serve(image, target string) error {
+	b, err := backendFor(os.Getenv(backendEnv))
+	if err != nil {
+		return err
+	}
 	f, err := backend.OpenFile(image)
 	if err != nil {
 		return err
@@ -55,7 +75,7 @@ func serve(image, target string) error {
 		defer extra.Close()
 		v.Devices = append(v.Devices, extra)
 	}
-	m, err := fusefs.Backend{}.Mount(context.Background(), v, target,
+	m, err := b.Mount(context.Background(), v, target,
 		backend.Options{Name: "test", Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		return err
@@ -76,38 +96,56 @@ func (b breakable) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return b.File.ReadAt(ctx, p, off)
 }
 
-// mountImage serves image on a new directory until the test ends.
-func mountImage(t *testing.T, image string) string {
+// server is a child that serves an image on dir.
+type server struct {
+	dir    string
+	cmd    *exec.Cmd
+	stderr strings.Builder
+}
+
+// startServer returns when the image is mounted. Whoever calls it ends it.
+func startServer(t *testing.T, backendName, image string, env ...string) *server {
 	t.Helper()
-	require.Has(t, "root", "fuse")
-	dir := t.TempDir()
-	cmd := exec.Command(os.Args[0], dir)
+	s := &server{dir: t.TempDir()}
+	s.cmd = exec.Command(os.Args[0], s.dir)
 	// The race detector would otherwise have each server linger for a second.
-	cmd.Env = append(os.Environ(), serveEnv+"="+image, "GORACE=atexit_sleep_ms=0")
-	out, err := cmd.StdoutPipe()
+	s.cmd.Env = append(os.Environ(), serveEnv+"="+image, backendEnv+"="+backendName, "GORACE=atexit_sleep_ms=0")
+	s.cmd.Env = append(s.cmd.Env, env...)
+	out, err := s.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
+	s.cmd.Stderr = &s.stderr
+	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	line, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil || line != "ready\n" {
-		cmd.Wait()
-		t.Fatalf("the server: %q, %v, %s", line, err, stderr.String())
+		s.cmd.Wait()
+		t.Fatalf("the server: %q, %v, %s", line, err, s.stderr.String())
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-			unix.Unmount(dir, unix.MNT_DETACH)
-		}
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("the server: %v: %s", err, stderr.String())
-		}
-	})
-	return dir
+	return s
+}
+
+// end unmounts, which ends the server.
+func (s *server) end(t *testing.T) {
+	t.Helper()
+	if err := unix.Unmount(s.dir, 0); err != nil {
+		t.Error(err)
+		unix.Unmount(s.dir, unix.MNT_DETACH)
+	}
+	if err := s.cmd.Wait(); err != nil {
+		t.Errorf("the server: %v: %s", err, s.stderr.String())
+	}
+}
+
+// mountImage serves image on a new directory until the test ends.
+func mountImage(t *testing.T, image string) string {
+	t.Helper()
+	require.Has(t, "root", "fuse")
+	s := startServer(t, "fuse", image)
+	t.Cleanup(func() { s.end(t) })
+	return s.dir
 }
 
 func writeImage(t *testing.T, name string) string {
@@ -129,20 +167,25 @@ func writeImage(t *testing.T, name string) string {
 func TestCorpus(t *testing.T) {
 	for _, im := range corpus.Images(t) {
 		t.Run(im.Name, func(t *testing.T) {
-			dir := mountImage(t, writeImage(t, im.Name))
-			got, err := tree.Walk(dir)
-			if err != nil {
-				t.Fatal(err)
-			}
-			want := im.Listing(t)
-			diffs := tree.Diff(want, got)
-			for _, d := range diffs[:min(len(diffs), 5)] {
-				t.Error(d)
-			}
-			if len(diffs) > 5 {
-				t.Errorf("and %d more of %d paths", len(diffs)-5, len(want))
-			}
+			sameTree(t, im, mountImage(t, writeImage(t, im.Name)))
 		})
+	}
+}
+
+// sameTree compares what dir shows with what the kernel shows of the image.
+func sameTree(t *testing.T, im corpus.Image, dir string) {
+	t.Helper()
+	got, err := tree.Walk(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := im.Listing(t)
+	diffs := tree.Diff(want, got)
+	for _, d := range diffs[:min(len(diffs), 5)] {
+		t.Error(d)
+	}
+	if len(diffs) > 5 {
+		t.Errorf("and %d more of %d paths", len(diffs)-5, len(want))
 	}
 }
 

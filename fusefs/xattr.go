@@ -31,7 +31,7 @@ func (f *fileSystem) ListXAttr(_ <-chan struct{}, header *fuse.InHeader, dest []
 	for _, n := range names {
 		// As on the kernel's erofs, who may not read trusted.* does not see
 		// it. FUSE tells the user, not the capability, hence root.
-		if strings.HasPrefix(n, "trusted.") && header.Uid != 0 {
+		if strings.HasPrefix(n, "trusted.") && (header.Uid != 0 || !f.trusted) {
 			continue
 		}
 		list = append(append(list, n...), 0)

@@ -1,0 +1,125 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"syscall"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+)
+
+// blobFiles is a file system of one directory with a file for each source of a
+// volume:
+//
+//	node 1          the directory
+//	node 2  blob    the image
+//	node 3  device1 the first extra device, and so on
+//
+// The kernel's EROFS is its only reader. It knows the names, so the directory
+// cannot be listed. The bytes cannot change, so names and attributes are valid
+// for ever.
+type blobFiles struct {
+	fuse.RawFileSystem
+	// ctx is the life of the mount.
+	ctx     context.Context
+	sources []backend.Source
+	errs    *errorLog
+}
+
+// firstBlob is the node id of the first source.
+const firstBlob = rootNode + 1
+
+func newBlobFiles(ctx context.Context, v backend.Volume, log *slog.Logger) *blobFiles {
+	return &blobFiles{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		ctx:           ctx,
+		sources:       append([]backend.Source{v.Primary}, v.Devices...),
+		errs:          newErrorLog(log),
+	}
+}
+
+// blobName is the name of source i. It ends up in /proc/mounts, and says there
+// whose mount it is.
+func blobName(i int) string {
+	if i == 0 {
+		return "erofs-oci.blob"
+	}
+	return fmt.Sprintf("erofs-oci.device%d", i)
+}
+
+func (f *blobFiles) String() string { return "erofs-oci blob" }
+
+func (f *blobFiles) Lookup(_ <-chan struct{}, header *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	for i := range f.sources {
+		if name == blobName(i) {
+			out.NodeId, out.Generation = uint64(firstBlob+i), 1
+			out.EntryValid, out.AttrValid = forever, forever
+			return f.attr(out.NodeId, &out.Attr)
+		}
+	}
+	return fuse.ENOENT
+}
+
+func (f *blobFiles) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	out.AttrValid = forever
+	return f.attr(in.NodeId, &out.Attr)
+}
+
+func (f *blobFiles) attr(node uint64, a *fuse.Attr) fuse.Status {
+	if node == rootNode {
+		*a = fuse.Attr{Ino: node, Mode: syscall.S_IFDIR | 0o500, Nlink: 2}
+		return fuse.OK
+	}
+	s, st := f.source(node)
+	if st.Ok() {
+		size := uint64(s.Size())
+		*a = fuse.Attr{Ino: node, Mode: syscall.S_IFREG | 0o400, Nlink: 1, Size: size, Blocks: (size + 511) / 512, Blksize: 4096}
+	}
+	return st
+}
+
+func (f *blobFiles) source(node uint64) (backend.Source, fuse.Status) {
+	i := node - firstBlob
+	if i >= uint64(len(f.sources)) {
+		return nil, fuse.ENOENT
+	}
+	return f.sources[i], fuse.OK
+}
+
+// Open has file data go around the page cache: the kernel's EROFS keeps it in
+// its own. Its metadata alone is kept here, and nowhere else.
+func (f *blobFiles) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	out.OpenFlags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_KEEP_CACHE
+	return fuse.OK
+}
+
+func (f *blobFiles) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	s, st := f.source(in.NodeId)
+	if !st.Ok() {
+		return nil, st
+	}
+	size := uint64(s.Size())
+	if in.Offset >= size {
+		return fuse.ReadResultData(nil), fuse.OK
+	}
+	buf = buf[:min(uint64(len(buf)), uint64(in.Size), size-in.Offset)]
+	if err := s.ReadAt(f.ctx, buf, int64(in.Offset)); err != nil {
+		return nil, f.fail(in, err)
+	}
+	return fuse.ReadResultData(buf), fuse.OK
+}
+
+// fail makes EIO of every error: a source knows of no other.
+func (f *blobFiles) fail(in *fuse.ReadIn, err error) fuse.Status {
+	if f.ctx.Err() == nil || !errors.Is(err, context.Canceled) {
+		f.errs.say("read", slog.String("file", blobName(int(in.NodeId-firstBlob))), syscall.EIO, err)
+	}
+	return fuse.EIO
+}
+
+// Flush has nothing to do, ever: ENOSYS spares close(2) the request.
+func (f *blobFiles) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
