@@ -56,8 +56,11 @@ func printEntries(w io.Writer, entries []backend.Entry) error {
 	fmt.Fprintln(t, "REF\tDIGEST\tBACKEND\tDIR\tPID\tSINCE\tSTATE")
 	for _, e := range entries {
 		state := string(e.State)
-		if e.State == backend.Dead {
-			state += ": erofs-oci umount " + e.Dir
+		switch e.State {
+		case backend.Dead:
+			state += ": erofs-oci umount " + printable(e.Dir)
+		case backend.Orphaned:
+			state += ": erofs-oci reattach " + printable(e.Dir)
 		}
 		fmt.Fprintf(t, "%s\t%.19s\t%s\t%s\t%d\t%s\t%s\n",
 			e.Reference, e.Digest, e.Backend, printable(e.Dir), e.PID, e.Since.Local().Format(time.DateTime), state)

@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -17,6 +19,7 @@ import (
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/fusefs"
+	"github.com/erofs-oci/erofs-oci/nbdserve"
 	"github.com/erofs-oci/erofs-oci/registry"
 )
 
@@ -29,9 +32,13 @@ func (p *program) mountCommand() *cli.Command {
 			"The command returns when DIR is usable; a server goes on in the background until\n" +
 			"DIR is unmounted, by erofs-oci umount, umount(8) or fusermount3 -u.",
 		Flags: append([]cli.Flag{
-			&cli.StringFlag{Name: "backend", Value: "fuse", Usage: "how to mount: `fuse`"},
-			&cli.BoolFlag{Name: "foreground", Aliases: []string{"f"}, Usage: "serve in this process until SIGINT or SIGTERM, which unmount"},
+			&cli.StringFlag{Name: "backend", Value: "auto", EnvVars: []string{"EROFS_OCI_BACKEND"}, Usage: "how to mount: nbd (the kernel's EROFS on a block device), file (the kernel's EROFS on a file), fuse (our own reader; no root), or `auto`: the first of them that can work here"},
+			&cli.BoolFlag{Name: "foreground", Aliases: []string{"f"}, Usage: "serve in this process until SIGINT, SIGTERM or SIGHUP, which unmount"},
 			&cli.StringSliceFlag{Name: "o", Usage: "mount `OPTIONS` as in mount(8): ro,nosuid,nodev,noexec,noatime,allow_other,..."},
+			&cli.StringFlag{Name: "overlay", Usage: "mount writable; keep what is written in `DIR`, for the next mount of the image, too"},
+			&cli.BoolFlag{Name: "tmpfs-overlay", Usage: "mount writable; keep what is written in memory, until the mount ends"},
+			&cli.IntFlag{Name: "nbd-connections", Value: 1, Usage: "with nbd: `N` sockets to the kernel's device; requests are concurrent on each"},
+			&cli.BoolFlag{Name: "supervise", Usage: "with nbd: start another server when this one dies; readers wait meanwhile"},
 		}, sourceFlags()...),
 		Action: p.mount,
 	}
@@ -39,11 +46,17 @@ func (p *program) mountCommand() *cli.Command {
 
 // mountRequest is a parsed mount command.
 type mountRequest struct {
-	ref     registry.Reference
-	dir     string // as RealDir returns it
-	backend string
-	flags   backend.MountOptions
-	source  *sourceOptions
+	ref         registry.Reference
+	name        string // the reference as it was typed, for /proc/mounts: mount -a compares it with fstab
+	dir         string // as RealDir returns it
+	backend     string
+	reason      string // for the backend, where it was not the user who chose
+	overlay     string
+	inMemory    bool // the overlay is
+	connections int
+	supervise   bool
+	flags       backend.MountOptions
+	source      *sourceOptions
 }
 
 func (p *program) mount(c *cli.Context) error {
@@ -52,14 +65,8 @@ func (p *program) mount(c *cli.Context) error {
 		return err
 	}
 	log := newServerLog(p.stderr)
-	m := &mountRequest{backend: c.String("backend")}
-	if m.backend != "fuse" {
-		return usagef("--backend %q is not known; there is fuse", m.backend)
-	}
-	if m.flags, err = backend.ParseMountOptions(c.StringSlice("o")); err != nil {
-		return errUsage{err}
-	}
-	if m.ref, err = registry.ParseReference(args[0]); err != nil {
+	m, err := parseMount(c, args[0])
+	if err != nil {
 		return err
 	}
 	if m.dir, err = backend.CheckTarget(args[1]); err != nil {
@@ -68,24 +75,92 @@ func (p *program) mount(c *cli.Context) error {
 	if m.source, err = p.readSourceOptions(c, log.Logger); err != nil {
 		return err
 	}
-	if c.Bool("foreground") || p.child != nil {
+	if m.reason != "" && p.child == nil {
+		if _, err := fmt.Fprintf(p.stdout, "backend %s: %s\n", m.backend, m.reason); err != nil {
+			return err
+		}
+	}
+	foreground := c.Bool("foreground") || p.child != nil
+	switch {
+	case foreground && m.supervise && !p.isWorker():
+		return p.superviseMount(c.Context, m, log)
+	case foreground:
 		return p.serveMount(c.Context, m, log)
 	}
-	var stdin io.Reader
-	if m.source.client.Password != "" {
-		stdin = strings.NewReader(m.source.client.Password)
+	return backend.StartInBackground(c.Context, os.Args[1:], m.source.stdin())
+}
+
+// stdin is what a child reads that was started with the same arguments.
+func (s *sourceOptions) stdin() io.Reader {
+	if s.client.Password == "" {
+		return nil
 	}
-	return backend.StartInBackground(c.Context, stdin)
+	return strings.NewReader(s.client.Password)
+}
+
+func parseMount(c *cli.Context, ref string) (m *mountRequest, err error) {
+	m = &mountRequest{
+		name: ref, backend: c.String("backend"), connections: c.Int("nbd-connections"), supervise: c.Bool("supervise"),
+		overlay: c.String("overlay"), inMemory: c.Bool("tmpfs-overlay"),
+	}
+	if m.flags, err = backend.ParseMountOptions(c.StringSlice("o")); err != nil {
+		return nil, errUsage{err}
+	}
+	if m.overlay != "" && m.inMemory {
+		return nil, usagef("--overlay and --tmpfs-overlay exclude each other")
+	}
+	if m.overlay != "" {
+		if m.overlay, err = filepath.Abs(m.overlay); err != nil {
+			return nil, err
+		}
+	}
+	switch m.backend {
+	case backend.NBD, backend.FILE, backend.FUSE:
+	case "auto":
+		if m.backend, m.reason, err = backend.Choose(systemProbes()); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, usagef("--backend %q is not known; there are nbd, file, fuse and auto", m.backend)
+	}
+	if m.backend != backend.NBD && (m.supervise || c.IsSet("nbd-connections")) {
+		return nil, usagef("--supervise and --nbd-connections go with --backend=nbd, not %s", m.backend)
+	}
+	m.ref, err = registry.ParseReference(ref)
+	return m, err
+}
+
+// by is the backend that was asked for, below an overlay if one was.
+func (m *mountRequest) by(image string) backend.Backend {
+	var b backend.Backend
+	switch m.backend {
+	case backend.NBD:
+		b = nbdBackend(m.connections, m.source.client.ErrorWait+nbdserve.TimeoutMargin)
+	case backend.FILE:
+		b = fusefs.FileBackend{}
+	default:
+		b = fusefs.Backend{}
+	}
+	if m.overlay == "" && !m.inMemory {
+		return b
+	}
+	return backend.Overlay{Inner: b, Upper: m.overlay, Tmpfs: m.inMemory, Image: image}
+}
+
+// nbdBackend has a read fail before the kernel's timeout, also where it had to wait
+// for others first.
+func nbdBackend(connections int, timeout time.Duration) nbdserve.Backend {
+	return nbdserve.Backend{
+		Connections: connections,
+		Timeout:     timeout,
+		Server:      nbdserve.Options{ReadTimeout: timeout - nbdserve.TimeoutMargin/2},
+	}
 }
 
 // serveMount mounts, reports, serves until the mount ends, and cleans up.
 func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLog) (err error) {
-	// Who reads what we say may go away; the mount must not die of that.
-	signal.Ignore(syscall.SIGPIPE)
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, endSignals()...)
+	signals := serverSignals()
 	defer signal.Stop(signals)
-
 	run, err := backend.OpenRunDir(p.getenv)
 	if err != nil {
 		return err
@@ -96,7 +171,9 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	}
 	defer func() { err = errors.Join(err, claim.Release()) }()
 	rec := backend.Record{
-		Reference: m.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(), Since: time.Now().UTC().Truncate(time.Second),
+		Reference: m.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
+		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
+		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
 	}
 	if err := claim.Write(rec); err != nil {
 		return err
@@ -106,16 +183,48 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
-	mounted, err := fusefs.Backend{}.Mount(ctx, backend.Volume{Primary: src.blob}, m.dir,
-		backend.Options{Name: m.ref.String(), Flags: m.flags, Log: log.Logger})
+	mounted, err := m.by(src.layer.Digest.String()).Mount(ctx, backend.Volume{Primary: src.blob}, m.dir,
+		backend.Options{Name: m.name, Flags: m.flags, Log: log.Logger})
 	if err != nil {
 		return src.explain(err)
 	}
-	rec.Manifest, rec.Digest, rec.Device = src.image.Digest.String(), src.layer.Digest.String(), mounted.Device()
-	if err := p.announce(claim, log, rec); err != nil {
+	rec.Manifest, rec.Digest, rec.Size = src.image.Digest.String(), src.layer.Digest.String(), src.blob.Size()
+	err = p.describe(mounted, &rec)
+	if err == nil {
+		err = p.announce(claim, log, rec)
+	}
+	if err != nil {
 		return errors.Join(err, mounted.Unmount(), mounted.Wait())
 	}
 	return untilUnmounted(signals, mounted, log.Logger)
+}
+
+// serverSignals are the signals that end a server. Who reads what it says may go
+// away, but the mount must not die of that.
+func serverSignals() chan os.Signal {
+	signal.Ignore(syscall.SIGPIPE)
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, endSignals()...)
+	return signals
+}
+
+// describe adds to the record what is known once the mount is there.
+func (p *program) describe(mounted backend.Mount, rec *backend.Record) error {
+	rec.Device = mounted.Device()
+	if over, ok := mounted.(interface{ Inner() backend.Mount }); ok {
+		mounted = over.Inner()
+	}
+	onNBD, ok := mounted.(*nbdserve.Mount)
+	if !ok {
+		return nil
+	}
+	attachments := onNBD.Attachments()
+	if attachments == nil {
+		return nil // the devices end with this process
+	}
+	var err error
+	rec.NBD, err = json.Marshal(attachments)
+	return err
 }
 
 // announce makes the mount known: to list, and to whoever waits for it.

@@ -26,6 +26,9 @@ const (
 )
 
 func main() {
+	if calledAsHelper(os.Args) {
+		os.Exit(runHelper(os.Args, os.Stdin, os.Stdout, os.Stderr))
+	}
 	os.Exit(run(os.Args, os.Stdin, os.Stdout, os.Stderr))
 }
 
@@ -90,7 +93,8 @@ func (p *program) app() *cli.App {
 		Reader:                    p.stdin,
 		Writer:                    p.stdout,
 		ErrWriter:                 p.stderr,
-		Commands:                  []*cli.Command{p.mountCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand()},
+		Commands: []*cli.Command{p.mountCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand(),
+			p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.doctorCommand(), p.helperCommand()},
 		// run prints errors and chooses the exit code.
 		ExitErrHandler: func(*cli.Context, error) {},
 		Action: func(c *cli.Context) error {

@@ -44,6 +44,16 @@ type sourceOptions struct {
 	client   registry.Options
 	selector registry.Selector
 	cacheDir string
+	onError  string
+}
+
+// access is what of the options another process needs to reach the same blob; the
+// password is not among it.
+func (s *sourceOptions) access() backend.Access {
+	return backend.Access{
+		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
+		OnError: s.onError, CacheDir: s.cacheDir,
+	}
 }
 
 // readSourceOptions checks the source flags. The password is read by the process
@@ -60,7 +70,14 @@ func (p *program) readSourceOptions(c *cli.Context, log *slog.Logger) (*sourceOp
 			return nil, err
 		}
 	}
+	cacheDir := c.String("cache-dir")
+	if cacheDir != "" {
+		if cacheDir, err = filepath.Abs(cacheDir); err != nil {
+			return nil, err
+		}
+	}
 	s := &sourceOptions{
+		onError: c.String("on-error"),
 		client: registry.Options{
 			PlainHTTP: c.Bool("plain-http"),
 			Username:  c.String("username"),
@@ -69,7 +86,7 @@ func (p *program) readSourceOptions(c *cli.Context, log *slog.Logger) (*sourceOp
 			Logger:    log,
 		},
 		selector: registry.Selector{Platform: c.String("platform")},
-		cacheDir: c.String("cache-dir"),
+		cacheDir: cacheDir,
 	}
 	if err := p.passwordOption(c, s); err != nil {
 		return nil, err
@@ -181,6 +198,7 @@ func (p *program) open(ctx context.Context, ref registry.Reference, s *sourceOpt
 	return o, p.openBlob(o, ref, s, log)
 }
 
+// openBlob opens o.layer, which may come from a manifest or from a record.
 func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
 	blob, err := o.client.Blob(ref, o.layer.Descriptor)
 	if err != nil {
@@ -232,7 +250,7 @@ func (o *opened) Close() error {
 // namespace, a service without HOME) uses a private directory and says so.
 func (p *program) cacheDir(flag string, euid int) (string, error) {
 	if flag != "" {
-		return filepath.Abs(flag)
+		return flag, nil
 	}
 	var dir string
 	switch xdg, home := p.getenv("XDG_CACHE_HOME"), p.getenv("HOME"); {

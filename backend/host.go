@@ -90,9 +90,9 @@ func mountsOurs() (bool, error) {
 // (linux/nsfs.h USER_NS_INIT_INO).
 const initialUserNS = 0xEFFFFFFD
 
-// initialUserNamespace tells whether this process is in the first user namespace,
+// InitialUserNamespace tells whether this process is in the first user namespace,
 // where root is root.
-func initialUserNamespace(files fs.FS) (bool, error) {
+func InitialUserNamespace(files fs.FS) (bool, error) {
 	st, err := stat(files, "proc/self/ns/user")
 	if errors.Is(err, fs.ErrNotExist) {
 		return true, nil // a kernel without user namespaces
@@ -146,7 +146,7 @@ func (p Probes) host() (*host, error) {
 	if err := h.readStatus(); err != nil {
 		return nil, err
 	}
-	if h.initial, err = initialUserNamespace(p.Files); err != nil {
+	if h.initial, err = InitialUserNamespace(p.Files); err != nil {
 		return nil, err
 	}
 	h.mountsOurs = true

@@ -256,7 +256,7 @@ func (u *upperDir) mount(lower, target string, opts Options) error {
 		}
 		words = append(words, part.name+"="+value)
 	}
-	initial, err := initialUserNamespace(os.DirFS("/"))
+	initial, err := InitialUserNamespace(os.DirFS("/"))
 	if err != nil {
 		return err
 	}

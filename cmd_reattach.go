@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v2"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/nbdserve"
+	"github.com/erofs-oci/erofs-oci/registry"
+)
+
+func (p *program) reattachCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "reattach",
+		Usage:     "give orphaned nbd mounts a server again",
+		ArgsUsage: "[DIR]",
+		Description: "A mount of --backend=nbd whose server was killed, or is to be replaced by a new version,\n" +
+			"keeps its readers waiting. This starts another server for it; they go on without an error.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "all", Usage: "every orphaned mount"},
+			&cli.BoolFlag{Name: "foreground", Aliases: []string{"f"}, Usage: "serve in this process"},
+			&cli.BoolFlag{Name: "password-stdin", Usage: "read the password of the recorded user name from standard input"},
+		},
+		Action: p.reattach,
+	}
+}
+
+func (p *program) reattach(c *cli.Context) error {
+	run, err := backend.OpenRunDir(p.getenv)
+	if err != nil {
+		return err
+	}
+	if c.Bool("all") {
+		if c.NArg() != 0 || c.Bool("foreground") {
+			return usagef("reattach --all takes no DIR, and serves in the background")
+		}
+		return p.reattachAll(c.Context, run)
+	}
+	args, err := arguments(c, "DIR")
+	if err != nil {
+		return err
+	}
+	dir, err := backend.RealDir(args[0])
+	if err != nil {
+		return err
+	}
+	password := ""
+	if c.Bool("password-stdin") {
+		if password, err = readPassword(c.Context, p.stdin); err != nil {
+			return err
+		}
+	}
+	if c.Bool("foreground") || p.child != nil {
+		return p.serveReattached(c.Context, run, dir, password)
+	}
+	return backend.StartInBackground(c.Context, os.Args[1:], (&sourceOptions{client: registry.Options{Password: password}}).stdin())
+}
+
+// reattachAll starts a server for each orphan; one that fails does not keep the
+// others waiting.
+func (p *program) reattachAll(ctx context.Context, run *backend.RunDir) error {
+	entries, err := run.List()
+	errs := []error{err}
+	for _, e := range entries {
+		if e.State != backend.Orphaned {
+			continue
+		}
+		if err := backend.StartInBackground(ctx, []string{"reattach", e.Dir}, nil); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", e.Dir, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// serveReattached takes the mount on dir over and serves it to its end.
+func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir, password string) (err error) {
+	signals := serverSignals()
+	defer signal.Stop(signals)
+	log := newServerLog(p.stderr)
+	claim, rec, err := run.Adopt(dir)
+	if err != nil {
+		return err
+	}
+	adopted := false
+	defer func() {
+		if adopted {
+			err = errors.Join(err, claim.Release())
+		} else {
+			// Somebody else may be luckier: the record stays.
+			err = errors.Join(err, claim.Abandon())
+		}
+	}()
+	src, devices, err := p.openRecorded(rec, password, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, src.Close()) }()
+	mounted, err := takeOver(ctx, rec, devices, src, log.Logger)
+	if err != nil {
+		return err
+	}
+	adopted = true
+	rec.PID = os.Getpid()
+	if err := p.announce(claim, log, rec); err != nil {
+		// The mount is served; only who asked does not hear of it.
+		log.Error("announce the reattached mount", "err", err)
+	}
+	return untilUnmounted(signals, mounted, log.Logger)
+}
+
+// takeOver serves the recorded devices from now on.
+func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attachment, src *opened, log *slog.Logger) (backend.Mount, error) {
+	mounted, err := nbdBackend(devices[0].Connections, devices[0].Timeout).Reattach(
+		ctx, backend.Volume{Primary: src.blob}, devices, rec.Dir, backend.Options{Log: log})
+	if err != nil {
+		return nil, err
+	}
+	if rec.Overlay == "" && !rec.TmpfsOverlay {
+		return mounted, nil
+	}
+	over := backend.Overlay{Upper: rec.Overlay, Tmpfs: rec.TmpfsOverlay, Image: rec.Digest}
+	return over.Resume(mounted, rec.Dir, rec.Device, log)
+}
+
+// openRecorded opens the blob of a record: by digest, whatever the reference
+// leads to now.
+func (p *program) openRecorded(rec backend.Record, password string, log *serverLog) (_ *opened, devices []nbdserve.Attachment, err error) {
+	if err := json.Unmarshal(rec.NBD, &devices); err != nil {
+		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
+	}
+	if len(devices) == 0 {
+		return nil, nil, fmt.Errorf("the record of %s: no device", rec.Dir)
+	}
+	ref, err := registry.ParseReference(rec.Reference)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
+	}
+	wait, err := parseOnError(rec.Access.OnError)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
+	}
+	s := &sourceOptions{cacheDir: rec.Access.CacheDir, client: registry.Options{
+		PlainHTTP: rec.Access.PlainHTTP, AuthFile: rec.Access.AuthFile, ErrorWait: wait, Logger: log.Logger,
+		Username: rec.Access.Username, Password: password,
+	}}
+	if s.client.Username != "" && password == "" {
+		return nil, nil, fmt.Errorf("%s was mounted as user %s: give the password with reattach --password-stdin", rec.Dir, rec.Access.Username)
+	}
+	o := &opened{layer: registry.Layer{Index: -1, Descriptor: ocispec.Descriptor{Digest: digest.Digest(rec.Digest), Size: rec.Size}}}
+	if o.client, err = registry.New(s.client); err != nil {
+		return nil, nil, err
+	}
+	if err := p.openBlob(o, ref, s, log.Logger); err != nil {
+		return nil, nil, errors.Join(err, o.Close())
+	}
+	return o, devices, nil
+}
+
+func (p *program) disconnectCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "disconnect",
+		Usage:     "force the end of an nbd device of ours",
+		ArgsUsage: "/dev/nbdN",
+		Description: "Reads of the device fail from now on. What is mounted on it stays mounted, and is to be\n" +
+			"unmounted. Use it where umount cannot end a mount whose registry will not come back.",
+		Action: func(c *cli.Context) error {
+			args, err := arguments(c, "/dev/nbdN")
+			if err != nil {
+				return err
+			}
+			number, ok := strings.CutPrefix(filepath.Clean(args[0]), "/dev/nbd")
+			index, err := strconv.Atoi(number)
+			if !ok || err != nil || index < 0 {
+				return usagef("%q is not an nbd device; want /dev/nbdN", args[0])
+			}
+			ours, err := nbdserve.Devices()
+			if err != nil {
+				return err
+			}
+			for _, d := range ours {
+				if d.Index == index {
+					return nbdserve.Disconnect(c.Context, index)
+				}
+			}
+			return fmt.Errorf("/dev/nbd%d is not a connected device of erofs-oci; nbd-client -d disconnects others", index)
+		},
+	}
+}
