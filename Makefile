@@ -3,7 +3,7 @@
 GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: all build demo test race lint bench fuzz clean
+.PHONY: all build demo test race lint bench fuzz guest clean
 all: build
 
 # One static binary, bin/erofs-oci.
@@ -24,6 +24,11 @@ test:
 
 race:
 	$(GO) test -race -short ./...
+
+# Mounts over NBD under real kernels, Debian's 6.12 and 6.1 with nbd.ko, in an
+# emulator. It fetches their packages once and takes minutes.
+guest:
+	EROFS_OCI_REQUIRE=nbd-guest $(GO) test -count=1 -timeout 15m -v ./tests/guest
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo 'gofmt -w the files above' ; exit 1 ; }

@@ -80,6 +80,7 @@ func newSession(t *testing.T) *session {
 		"XDG_CACHE_HOME="+filepath.Join(dir, "cache"),
 		"HOME="+filepath.Join(dir, "home"),
 		"TMPDIR="+dir,
+		"EROFS_OCI_BACKEND=fuse",
 	)
 	return s
 }
@@ -212,10 +213,11 @@ func sameTree(t *testing.T, want, got string, except ...tree.Field) {
 
 // listed is an entry of list --json.
 type listed struct {
-	Dir   string `json:"dir"`
-	PID   int    `json:"pid"`
-	State string `json:"state"`
-	Log   string `json:"log"`
+	Dir     string `json:"dir"`
+	PID     int    `json:"pid"`
+	State   string `json:"state"`
+	Log     string `json:"log"`
+	Backend string `json:"backend"`
 }
 
 func (s *session) list() []listed {

@@ -40,6 +40,9 @@ const (
 	bigSize  = 32 << 20
 )
 
+// xattrs is what the deep file has beside its content.
+var xattrs = map[string]map[string][]byte{deepFile: {"trusted.note": []byte("t"), "user.note": []byte("u")}}
+
 // servedImage is an image of about 64 MB with a big file, 2,000 small ones and
 // one small one three directories down, in a registry of its own.
 type servedImage struct {
@@ -58,7 +61,8 @@ func serveImage(t *testing.T) servedImage {
 		t.Helper()
 		err := b.Add(mkerofs.Entry{
 			Path: path, Mode: mkerofs.ModeRegular | 0o644, Mtime: time.Unix(1600000000, 0), Size: int64(size),
-			Open: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content(path, size))), nil },
+			Xattrs: xattrs[path],
+			Open:   func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content(path, size))), nil },
 		})
 		if err != nil {
 			t.Fatal(err)

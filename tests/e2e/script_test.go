@@ -49,6 +49,7 @@ func runScripts(t *testing.T, dir string) {
 			env.Setenv("XDG_CACHE_HOME", filepath.Join(env.WorkDir, "cache"))
 			env.Setenv("HOME", filepath.Join(env.WorkDir, "home"))
 			env.Setenv("SECRET", secret)
+			env.Setenv("EROFS_OCI_BACKEND", "fuse")
 			open, err := startRegistry(t, env, fakeregistry.Options{}, "")
 			if err != nil {
 				return err

@@ -138,7 +138,8 @@ func awaitEnd(t *testing.T, pidfd int) {
 }
 
 // TestUserNamespace is a container of CI: a plain user, root in a user namespace
-// of its own, without fusermount3.
+// of its own, without fusermount3. That root may not read trusted.* attributes and
+// is not shown them.
 func TestUserNamespace(t *testing.T) {
 	require.Has(t, "userns", "unshare")
 	im := serveImage(t)
@@ -150,6 +151,7 @@ for f in /bin/fusermount3 /bin/fusermount; do [ ! -e $f ] || mount --bind /dev/n
 ! [ -x /bin/fusermount3 ]
 "$0" mount "$1" "$2"
 cksum < "$2/` + deepFile + `"
+[ "$(getfattr -m - "$2/` + deepFile + `" | grep -c '\.note$')" = 1 ]
 "$0" list
 "$0" umount "$2"
 "$0" list

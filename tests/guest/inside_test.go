@@ -43,6 +43,8 @@ var inside = []struct {
 	{"OrphanDisconnected", testOrphanDisconnected},
 	{"WithoutNetlink", testWithoutNetlink},
 	{"Program", testProgram},
+	{"Supervised", testSupervised},
+	{"OverlayReattached", testOverlayReattached},
 }
 
 func runInside(t *testing.T) {

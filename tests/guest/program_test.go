@@ -109,9 +109,70 @@ func testProgram(t *testing.T, _ version) {
 		t.Error(err)
 	}
 	awaitEnd(t, after.PID)
+	leftInRunDir(t)
+}
+
+// testSupervised: the server is killed in mid-walk, again and again, and nobody
+// has to do anything about it.
+func testSupervised(t *testing.T, _ version) {
+	_, ref := serveTree(t)
+	want := largeListing(t)
+	dir := t.TempDir()
+	// Requests under way at a kill wait for the kernel's timeout, 30 s and this.
+	program(t, "mount", "--backend=nbd", "--supervise", "--on-error=wait:1s", "--cache-dir", t.TempDir(), ref, dir)
+	for range 2 {
+		before := onlyEntry(t, "running")
+		if err := syscall.Kill(before.PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		awaitEnd(t, before.PID)
+		dropCaches(t)
+		same(t, want, dir, tree.Ino, tree.DirNlink)
+		if after := onlyEntry(t, "running"); after.PID == before.PID {
+			t.Error("the new server is the old one")
+		}
+	}
+	program(t, "umount", dir)
+	leftInRunDir(t)
+}
+
+func leftInRunDir(t *testing.T) {
+	t.Helper()
 	if left, err := filepath.Glob("/run/erofs-oci/*"); err != nil || len(left) > 0 {
 		t.Errorf("left in the run directory: %v, %v", left, err)
 	}
+}
+
+// testOverlayReattached: what is written over an nbd mount outlives the server.
+func testOverlayReattached(t *testing.T, _ version) {
+	_, ref := serveTree(t)
+	dir := t.TempDir()
+	program(t, "mount", "--backend=nbd", "--tmpfs-overlay", "--cache-dir", t.TempDir(), ref, dir)
+	note := filepath.Join(dir, "note")
+	if err := os.WriteFile(note, []byte("written"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	before := onlyEntry(t, "running")
+	if err := syscall.Kill(before.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	awaitEnd(t, before.PID)
+	onlyEntry(t, "orphaned")
+	dropCaches(t)
+	program(t, "reattach", "--all")
+	if got, err := os.ReadFile(note); err != nil || string(got) != "written" {
+		t.Errorf("read %q, %v", got, err)
+	}
+	if err := os.Remove(note); err != nil {
+		t.Error(err)
+	}
+	same(t, largeListing(t), dir, tree.Ino, tree.DirNlink, tree.RootMtime)
+	after := onlyEntry(t, "running")
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Error(err)
+	}
+	awaitEnd(t, after.PID)
+	leftInRunDir(t)
 }
 
 type entry struct {
