@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -46,7 +47,7 @@ func (b FileBackend) Mount(ctx context.Context, v backend.Volume, target string,
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, files.end)
-	err = files.mountOver(b.mountFile, target, o)
+	err = apart(files.dev, func() error { return files.mountOver(b.mountFile, target, o) })
 	// From here on the mount alone holds the files.
 	err = errors.Join(err, unix.Close(files.tree))
 	if err != nil {
@@ -99,6 +100,7 @@ func check(ctx context.Context, v backend.Volume) error {
 // servedBlobs are the sources of a volume as files of a FUSE mount.
 type servedBlobs struct {
 	n    int
+	dev  int             // the connection
 	tree int             // the mount: while this descriptor is open, there are paths to the files
 	end  func()          // fails the reads that are under way and all to come
 	done <-chan struct{} // closed when the kernel has ended the connection
@@ -120,7 +122,7 @@ func serveBlobs(v backend.Volume, o backend.Options) (*servedBlobs, error) {
 		end()
 		return nil, errors.Join(err, unix.Close(tree))
 	}
-	return &servedBlobs{n: 1 + len(v.Devices), tree: tree, end: end, done: done}, nil
+	return &servedBlobs{n: 1 + len(v.Devices), dev: dev, tree: tree, end: end, done: done}, nil
 }
 
 // mountNowhere makes a FUSE mount of the connection dev that is not attached to
@@ -182,6 +184,36 @@ func (s *servedBlobs) mountOver(mountFile mountFunc, target string, o backend.Op
 	}
 	_, err := mountFile(s.path(0), target, over)
 	return err
+}
+
+// apart runs f on a thread that has everything open but the connection dev.
+//
+// A thread that waits for an answer of FUSE cannot be killed, and the kernel ends
+// a connection when nobody has it open: a process that waits for itself and gets
+// SIGKILL would stay for ever.
+func apart(dev int, f func() error) error {
+	ended := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The first thread does not end with its goroutine: it is held
+			// here, so that another one is taken.
+			defer runtime.UnlockOSThread()
+			ended <- apart(dev, f)
+			return
+		}
+		// Still locked when the goroutine ends, so that the thread ends, too.
+		err := unix.Unshare(unix.CLONE_FILES)
+		if err != nil {
+			ended <- fmt.Errorf("unshare: %w", err)
+			return
+		}
+		if err = unix.Close(dev); err == nil {
+			err = f()
+		}
+		ended <- err
+	}()
+	return <-ended
 }
 
 // forgoPoll has the kernel ask, once and for all, whether files of this mount can

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -219,6 +220,25 @@ func TestFileServerKilled(t *testing.T) {
 			t.Error("no metadata is missing")
 		}
 		umount(t, s.dir)
+	})
+}
+
+// TestFileKilledWhileMounting: a server whose mount(2) waits for its own answer can
+// be killed.
+func TestFileKilledWhileMounting(t *testing.T) {
+	bothWays(t, func(t *testing.T, name string) {
+		s := startUntil(t, "stuck", name+", stuck", writeImage(t, "plain"))
+		if err := s.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- s.cmd.Wait() }()
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("process %d does not die", s.cmd.Process.Pid)
+		}
+		noMount(t, s.dir)
 	})
 }
 

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/backend/kmount"
 	"github.com/erofs-oci/erofs-oci/fusefs"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/require"
@@ -42,6 +43,10 @@ func backendFor(name string) (backend.Backend, error) {
 		return fusefs.FileBackend{}, nil
 	case "loop":
 		return fusefs.MountingBy(throughLoop), nil
+	case "file, stuck":
+		return fusefs.MountingBy(stuckIn(kmount.MountFile)), nil
+	case "loop, stuck":
+		return fusefs.MountingBy(stuckIn(throughLoop)), nil
 	}
 	return nil, fmt.Errorf("no backend %q", name)
 }
@@ -59,7 +64,7 @@ func TestMain(m *testing.M) {
 
 // serve mounts image on target, with IMAGE.blob as its extra device if that is
 // there, and says "ready". While a file IMAGE.broken is there, every read of the
-// image fails.
+// image fails; once a file IMAGE.stuck is there, reads hang after they said so.
 func serve(image, target string) error {
 	b, err := backendFor(os.Getenv(backendEnv))
 	if err != nil {
@@ -70,7 +75,7 @@ func serve(image, target string) error {
 		return err
 	}
 	defer f.Close()
-	v := backend.Volume{Primary: breakable{f, image + ".broken"}}
+	v := backend.Volume{Primary: breakable{f, image}}
 	if extra, err := backend.OpenFile(image + ".blob"); err == nil {
 		defer extra.Close()
 		v.Devices = append(v.Devices, extra)
@@ -86,15 +91,31 @@ func serve(image, target string) error {
 
 type breakable struct {
 	*backend.File
-	flag string
+	image string
 }
 
 func (b breakable) ReadAt(ctx context.Context, p []byte, off int64) error {
-	if _, err := os.Lstat(b.flag); err == nil {
+	if _, err := os.Lstat(b.image + ".broken"); err == nil {
 		return errors.New("broken by the test")
+	}
+	if _, err := os.Lstat(b.image + ".stuck"); err == nil {
+		fmt.Println("stuck")
+		<-ctx.Done()
 	}
 	return b.File.ReadAt(ctx, p, off)
 }
+
+// stuckIn has the source hang while the kernel mounts.
+func stuckIn(f mountFunc) mountFunc {
+	return func(file, target string, o kmount.Options) (string, error) {
+		if err := os.WriteFile(os.Getenv(serveEnv)+".stuck", nil, 0o644); err != nil {
+			return "", err
+		}
+		return f(file, target, o)
+	}
+}
+
+type mountFunc = func(file, target string, o kmount.Options) (device string, err error)
 
 // server is a child that serves an image on dir.
 type server struct {
@@ -105,6 +126,12 @@ type server struct {
 
 // startServer returns when the image is mounted. Whoever calls it ends it.
 func startServer(t *testing.T, backendName, image string, env ...string) *server {
+	t.Helper()
+	return startUntil(t, "ready", backendName, image, env...)
+}
+
+// startUntil returns when the server says the word.
+func startUntil(t *testing.T, word, backendName, image string, env ...string) *server {
 	t.Helper()
 	s := &server{dir: t.TempDir()}
 	s.cmd = exec.Command(os.Args[0], s.dir)
@@ -120,7 +147,7 @@ func startServer(t *testing.T, backendName, image string, env ...string) *server
 		t.Fatal(err)
 	}
 	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil || line != "ready\n" {
+	if err != nil || line != word+"\n" {
 		s.cmd.Wait()
 		t.Fatalf("the server: %q, %v, %s", line, err, s.stderr.String())
 	}
