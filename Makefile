@@ -28,7 +28,7 @@ race:
 # Mounts over NBD under real kernels, Debian's 6.12 and 6.1 with nbd.ko, in an
 # emulator. It fetches their packages once and takes minutes.
 guest:
-	EROFS_OCI_REQUIRE=nbd-guest $(GO) test -count=1 -timeout 15m -v ./tests/guest
+	EROFS_OCI_REQUIRE=nbd-guest $(GO) test -count=1 -timeout 15m ./tests/guest
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -l . ; echo 'gofmt -w the files above' ; exit 1 ; }
