@@ -38,9 +38,12 @@ type Instructions struct {
 // InstructionsFile is where the instructions lie in the guest.
 const InstructionsFile = "/job.json"
 
+// ErrDied is a guest that was gone before its job had ended.
+var ErrDied = errors.New("the guest ended without an exit status")
+
 // Run boots the kernel, runs the job, and returns its exit status; what it
 // prints goes to out as it comes. An error means that there is no exit status:
-// the guest did not boot, crashed, or was ended with ctx.
+// the guest did not boot, crashed (ErrDied), or was ended with ctx.
 func (k *Kernel) Run(ctx context.Context, job Job, out io.Writer) (exit int, err error) {
 	dir, err := os.MkdirTemp("", "guest-")
 	if err != nil {
@@ -66,7 +69,7 @@ func (k *Kernel) Run(ctx context.Context, job Job, out io.Writer) (exit int, err
 		return 0, err
 	}
 	if _, err := fmt.Sscanf(string(status), "exit %d\n", &exit); err != nil {
-		return 0, fmt.Errorf("guest %s ended without an exit status\n%s", k.Package, tail(dir))
+		return 0, fmt.Errorf("%s: %w, and said %q\n%s", k.Package, ErrDied, status, tail(dir))
 	}
 	return exit, nil
 }
@@ -119,6 +122,7 @@ func (k *Kernel) arguments(dir string, job Job) []string {
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
 		"-kernel", k.Image, "-initrd", filepath.Join(dir, "initramfs"),
 		"-append", "console=ttyS0 quiet loglevel=5 panic=-1 random.trust_cpu=on mitigations=off init_on_alloc=0",
+		"-d", "cpu_reset", "-D", filepath.Join(dir, "emulator"),
 		"-serial", "file:" + filepath.Join(dir, "console"),
 		"-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output",
 		"-serial", "file:" + filepath.Join(dir, "status"),
@@ -131,12 +135,18 @@ func (k *Kernel) arguments(dir string, job Job) []string {
 	return args
 }
 
-// tail is the end of what the kernel said.
+// tail is the end of what the kernel said, and of what qemu noted: a processor
+// that is reset after a triple fault leaves no word on the console.
 func tail(dir string) string {
-	b, err := os.ReadFile(filepath.Join(dir, "console"))
+	return "the kernel's last words:\n" + lastLines(filepath.Join(dir, "console"), 12) +
+		"\nthe emulator's:\n" + lastLines(filepath.Join(dir, "emulator"), 4)
+}
+
+func lastLines(file string, n int) string {
+	b, err := os.ReadFile(file)
 	if err != nil {
 		return err.Error()
 	}
-	const most = 4 << 10
-	return "the kernel's last words:\n" + string(b[max(0, len(b)-most):])
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }

@@ -18,10 +18,12 @@ import (
 
 func main() {
 	exit, err := run()
+	said := fmt.Sprintf("exit %d\n", exit)
 	if err != nil {
-		// On the console; without a status the host reports it.
-		fmt.Fprintln(os.Stderr, "init:", err)
-	} else if err := report(exit); err != nil {
+		said = fmt.Sprintf("init: %v\n", err)
+	}
+	if err := report(said); err != nil {
+		// On the console, whose end the host prints where there is no status.
 		fmt.Fprintln(os.Stderr, "init:", err)
 	}
 	unix.Sync()
@@ -151,12 +153,13 @@ func job(todo guest.Instructions, out *os.File) (int, error) {
 	}
 }
 
-func report(exit int) error {
+// report tells the host how it ended.
+func report(said string) error {
 	f, err := serial("/dev/ttyS2")
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(f, "exit %d\n", exit)
+	_, err = f.WriteString(said)
 	return errors.Join(err, drain(f), f.Close())
 }
 
@@ -178,5 +181,13 @@ func serial(path string) (*os.File, error) {
 	return f, nil
 }
 
-// drain waits until everything has left the port: tcdrain(3).
-func drain(f *os.File) error { return unix.IoctlSetInt(int(f.Fd()), unix.TCSBRK, 1) }
+// drain waits until everything has left the port: tcdrain(3). An orphan that
+// dies meanwhile sends SIGCHLD, which ends the wait early.
+func drain(f *os.File) error {
+	for {
+		err := unix.IoctlSetInt(int(f.Fd()), unix.TCSBRK, 1)
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
