@@ -108,14 +108,32 @@ func TestCredentials(t *testing.T) {
 				return registry.Options{AuthFile: loginFile(t, [3]string{host + "/teams", user, canary})}
 			}, "no credentials for HOST"},
 			{"credential helper", func(t *testing.T, host string) registry.Options {
-				dir := t.TempDir()
-				script := fmt.Sprintf("#!/bin/sh\nread host\n[ \"$1 $host\" = \"get %s\" ] || exit 1\necho '{\"Username\":%q,\"Secret\":%q}'\n", host, user, canary)
-				if err := os.WriteFile(filepath.Join(dir, "docker-credential-fake"), []byte(script), 0o700); err != nil {
-					t.Fatal(err)
-				}
-				t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+				credentialHelper(t, host, user, canary)
 				return registry.Options{AuthFile: writeFile(t, fmt.Sprintf(`{"credHelpers":{%q:"fake"}}`, host))}
 			}, ""},
+			{"credentials store", func(t *testing.T, host string) registry.Options {
+				credentialHelper(t, host, user, canary)
+				return registry.Options{AuthFile: writeFile(t, fmt.Sprintf(`{"auths":{%q:{}},"credsStore":"fake"}`, host))}
+			}, ""},
+			{"docker's credentials store", func(t *testing.T, host string) registry.Options {
+				credentialHelper(t, host, user, canary)
+				dir := t.TempDir()
+				if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(`{"credsStore":"fake"}`), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				t.Setenv("DOCKER_CONFIG", dir)
+				return registry.Options{}
+			}, ""},
+			{"credentials store that does not know the host", func(t *testing.T, host string) registry.Options {
+				credentialHelper(t, "another.example", user, canary)
+				return registry.Options{AuthFile: writeFile(t, `{"credsStore":"fake"}`)}
+			}, "no credentials for HOST"},
+			{"credentials store that is not there", func(t *testing.T, host string) registry.Options {
+				return registry.Options{AuthFile: writeFile(t, `{"credsStore":"missing"}`)}
+			}, "credentials for HOST: docker-credential-missing, the credsStore of "},
+			{"credentials store that is a path", func(t *testing.T, host string) registry.Options {
+				return registry.Options{AuthFile: writeFile(t, `{"credsStore":"../fake"}`)}
+			}, "credentials for HOST: "},
 			{"nobody", func(*testing.T, string) registry.Options { return registry.Options{} }, "no credentials for HOST"},
 			{"broken file", func(t *testing.T, _ string) registry.Options {
 				return registry.Options{AuthFile: writeFile(t, "{")}
@@ -148,6 +166,17 @@ func TestCredentials(t *testing.T) {
 			})
 		}
 	}
+}
+
+// credentialHelper puts docker-credential-fake on the PATH, which knows one host.
+func credentialHelper(t *testing.T, host, user, secret string) {
+	t.Helper()
+	dir := t.TempDir()
+	script := fmt.Sprintf("#!/bin/sh\nread host\n[ \"$1 $host\" = \"get %s\" ] || { echo 'credentials not found in native keychain'; exit 1; }\necho '{\"Username\":%q,\"Secret\":%q}'\n", host, user, secret)
+	if err := os.WriteFile(filepath.Join(dir, "docker-credential-fake"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
 
 func TestCredentialsThatContradict(t *testing.T) {
@@ -184,6 +213,11 @@ func TestIdentityToken(t *testing.T) {
 			r.Addr(), base64.StdEncoding.EncodeToString([]byte(user+":")), token))
 	}
 	if _, err := newClient(t, registry.Options{AuthFile: file(canaryToken)}).Resolve(t.Context(), ref, registry.Selector{}); err != nil {
+		t.Error(err)
+	}
+	credentialHelper(t, r.Addr(), "<token>", canaryToken)
+	store := registry.Options{AuthFile: writeFile(t, `{"credsStore":"fake"}`)}
+	if _, err := newClient(t, store).Resolve(t.Context(), ref, registry.Selector{}); err != nil {
 		t.Error(err)
 	}
 	_, err := newClient(t, registry.Options{AuthFile: file(canaryToken + "x")}).Resolve(t.Context(), ref, registry.Selector{})

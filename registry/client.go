@@ -2,7 +2,6 @@ package registry
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -51,8 +50,14 @@ type Options struct {
 	MaxConnsPerHost int
 	// RootCAs replaces the system's certificate authorities.
 	RootCAs *x509.CertPool
-	// Transport replaces the HTTP transport; RootCAs and MaxConnsPerHost are then
-	// its own concern.
+	// CertDirs are looked through for certificates for a host: see
+	// DefaultCertDirs. nil: none.
+	CertDirs []string
+	// SkipTLSVerify takes any certificate for good. Nothing then says who answers:
+	// the bytes of a range are whatever is sent.
+	SkipTLSVerify bool
+	// Transport replaces the HTTP transport; RootCAs, CertDirs, SkipTLSVerify and
+	// MaxConnsPerHost are then its own concern.
 	Transport http.RoundTripper
 
 	// UserAgent is sent with every request; empty means erofs-oci/VERSION.
@@ -114,8 +119,8 @@ func New(o Options) (*Client, error) {
 		wire.userAgent = defaultUserAgent()
 	}
 	if wire.next == nil {
-		t := newTransport(o, noProgress)
-		wire.next, wire.queues, c.idle = t, true, t.CloseIdleConnections
+		t := &hostTransport{base: newTransport(o, noProgress), dirs: o.CertDirs, hosts: map[string]*http.Transport{}}
+		wire.next, wire.queues, c.idle = t, true, t.closeIdle
 	}
 	c.wire = wire
 	c.follow = &redirectTransport{next: wire, plainHTTP: o.PlainHTTP}
@@ -152,7 +157,7 @@ func newTransport(o Options, noProgress time.Duration) *http.Transport {
 		// A range must come as it was asked for, never encoded.
 		DisableCompression:     true,
 		ForceAttemptHTTP2:      true,
-		TLSClientConfig:        &tls.Config{RootCAs: o.RootCAs, MinVersion: tls.VersionTLS12},
+		TLSClientConfig:        tlsConfig(o),
 		DialContext:            dialer.DialContext,
 		TLSHandshakeTimeout:    min(noProgress, 10*time.Second),
 		MaxConnsPerHost:        conns,

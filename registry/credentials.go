@@ -89,10 +89,24 @@ func (k keyring) lookup(ref Reference) (credentials, error) {
 	c := credentials{username: found.Username, password: found.Password, identityToken: found.IdentityToken}
 	switch {
 	case c.none():
+		return k.fromStore(ref.Host)
 	case k.authFile != "":
 		c.source = k.authFile
 	default:
 		c.source = "the docker or podman login"
+	}
+	return c, nil
+}
+
+// fromStore asks the credsStore of the login file.
+func (k keyring) fromStore(host string) (credentials, error) {
+	path := k.authFile
+	if path == "" {
+		path = dockerConfig()
+	}
+	c, err := fromCredsStore(path, host)
+	if err != nil {
+		return credentials{}, fmt.Errorf("credentials for %s: %w", host, errors.New(clean(err.Error(), maxErrorText)))
 	}
 	return c, nil
 }

@@ -103,7 +103,8 @@ func neverBetter(err error) bool {
 	var cert *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
 	var name x509.HostnameError
-	return errors.As(err, &cert) || errors.As(err, &authority) || errors.As(err, &name) || notTLS(err)
+	var config *certError
+	return errors.As(err, &config) || errors.As(err, &cert) || errors.As(err, &authority) || errors.As(err, &name) || notTLS(err)
 }
 
 // notTLS reports that the peer answered the TLS greeting with something else.
