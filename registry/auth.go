@@ -1,8 +1,10 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -48,7 +50,7 @@ func (t *authTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil || !t.challenged(req, resp) {
 		return resp, err
 	}
-	asked, ok := pickChallenge(resp.Header.Values("WWW-Authenticate"))
+	asked, ok := t.asked(resp)
 	refusal := statusError(resp, t.hide)
 	if !ok {
 		return nil, refusal
@@ -75,11 +77,39 @@ func (t *authTransport) send(req *http.Request, header string) (*http.Response, 
 	return t.next.RoundTrip(req)
 }
 
-// challenged reports a 401 of the registry itself. One that comes from where a
-// redirect led to is nobody's business: answering it would send credentials to
-// whatever token service that host names.
+// challenged reports a 401 of the registry itself, or a 403 that means one. What
+// comes from where a redirect led to is nobody's business: answering it would
+// send credentials to whatever token service that host names.
 func (t *authTransport) challenged(req *http.Request, resp *http.Response) bool {
-	return resp.StatusCode == http.StatusUnauthorized && sameOrigin(req.URL, resp.Request.URL)
+	if !sameOrigin(req.URL, resp.Request.URL) {
+		return false
+	}
+	return resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden && saysExpired(resp)
+}
+
+// saysExpired looks into a refusal without taking anything out of it. Amazon's
+// registry says 403 where others say 401.
+func saysExpired(resp *http.Response) bool {
+	body := resp.Body
+	// What cannot be read says nothing; the next reader meets the same error.
+	head, _ := io.ReadAll(io.LimitReader(body, maxErrorBody))
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(bytes.NewReader(head), body), body}
+	_, message := explain(head)
+	return strings.Contains(strings.ToLower(message), "expired")
+}
+
+// asked is what a refusal asks for. Where it does not say so, it is what was
+// asked before.
+func (t *authTransport) asked(resp *http.Response) (challenge, bool) {
+	if resp.StatusCode == http.StatusUnauthorized {
+		return pickChallenge(resp.Header.Values("WWW-Authenticate"))
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.current, t.current != (challenge{})
 }
 
 // known is the header for what was asked last, fetched anew if it has expired.

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -563,5 +565,61 @@ func TestSecretsStayInside(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestForbiddenExpired has credentials expire with a 403 while a blob is read, and
+// rotates them on disk, as Amazon's registry and its credential helper do.
+func TestForbiddenExpired(t *testing.T) {
+	data := noise(1000)
+	var valid atomic.Value
+	valid.Store("first-" + canary)
+	message := atomic.Value{}
+	message.Store("Your authorization token has expired. Reauthenticate and try again.")
+	var refused atomic.Int32
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		_, password, ok := req.BasicAuth()
+		switch {
+		case !ok:
+			w.Header().Set("WWW-Authenticate", "Basic")
+			w.WriteHeader(http.StatusUnauthorized)
+		case password != valid.Load():
+			refused.Add(1)
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprintf(w, `{"errors":[{"code":"DENIED","message":%q}]}`, message.Load())
+		default:
+			http.ServeContent(w, req, "", time.Time{}, bytes.NewReader(data))
+		}
+	}))
+	t.Cleanup(s.Close)
+	login := func(password string) string { return loginFile(t, [3]string{host(s), user, password}) }
+	file := login("first-" + canary)
+	c := newClient(t, registry.Options{AuthFile: file, ErrorWait: registry.NoWait})
+	b, err := c.Blob(parse(t, host(s)+"/x:v1"), ocispec.Descriptor{Digest: sum(data), Size: int64(len(data))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := func() error {
+		got, _, err := fetch(t.Context(), b, 0, 10)
+		if err == nil && !bytes.Equal(got, data[:10]) {
+			t.Error("wrong bytes")
+		}
+		return err
+	}
+	if err := read(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(login("second-"+canary), file); err != nil {
+		t.Fatal(err)
+	}
+	valid.Store("second-" + canary)
+	if err := read(); err != nil || refused.Load() != 1 {
+		t.Fatalf("%d refusals, %v", refused.Load(), err)
+	}
+	// Any other 403 is final, and is not asked for twice.
+	valid.Store("third")
+	message.Store("not for you")
+	if err := read(); err == nil || !strings.Contains(err.Error(), "not for you") || refused.Load() != 2 {
+		t.Errorf("%d refusals, %v", refused.Load(), err)
 	}
 }
