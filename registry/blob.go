@@ -7,6 +7,8 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -17,6 +19,9 @@ import (
 type Blob struct {
 	session *session
 	desc    ocispec.Descriptor
+	// storage is where the registry last sent us for the blob, often by a URL that
+	// is signed and good for minutes. nil: ask the registry.
+	storage atomic.Pointer[url.URL]
 }
 
 // Blob returns the blob that desc describes, in the repository of ref. Nothing
@@ -73,7 +78,7 @@ func (b *Blob) path() string { return "blobs/" + b.desc.Digest.String() }
 // answer sends one ranged GET for the bytes from off to end. whole reports that
 // the body is the blob from its first byte on.
 func (b *Blob) answer(ctx context.Context, off, end int64) (resp *http.Response, whole bool, err error) {
-	resp, err = b.session.do(ctx, http.MethodGet, b.path(), rangeHeader(off, end))
+	resp, err = b.send(ctx, rangeHeader(off, end))
 	if err != nil {
 		return nil, false, err
 	}
@@ -86,10 +91,35 @@ func (b *Blob) answer(ctx context.Context, off, end int64) (resp *http.Response,
 		return nil, false, statusError(resp, b.session.auth.hide)
 	}
 	if err != nil {
+		b.storage.Store(nil)
 		_ = resp.Body.Close() // the answer is refused anyway
 		return nil, false, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
 	}
 	return resp, whole, nil
+}
+
+// send asks the storage, where one is known, else the registry. Whatever the
+// storage answers but the bytes makes the registry the one to ask: a signed URL
+// has expired, say, and the registry has a new one.
+func (b *Blob) send(ctx context.Context, header http.Header) (*http.Response, error) {
+	if storage := b.storage.Load(); storage != nil {
+		resp, err := b.session.storage(ctx, storage, header)
+		if err == nil && resp.StatusCode < 300 {
+			return resp, nil
+		}
+		b.storage.CompareAndSwap(storage, nil)
+		if err != nil {
+			return nil, err
+		}
+		if refusal := statusError(resp, b.session.auth.hide); refusal.temporary() {
+			return nil, refusal
+		}
+	}
+	resp, err := b.session.do(ctx, http.MethodGet, b.path(), header)
+	if err == nil && resp.StatusCode < 300 && resp.Request.URL.Host != b.session.ref.apiHost() {
+		b.storage.Store(resp.Request.URL)
+	}
+	return resp, err
 }
 
 func rangeHeader(off, end int64) http.Header {

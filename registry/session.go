@@ -71,6 +71,17 @@ func (s *session) do(ctx context.Context, method, path string, header http.Heade
 	return resp, nil
 }
 
+// storage sends one GET to where a redirect of the registry has led. It bears no
+// authority but the URL's own.
+func (s *session) storage(ctx context.Context, u *url.URL, header http.Header) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(req.Header, header)
+	return s.client.follow.RoundTrip(req)
+}
+
 // get is do for an answer that must be a 200; everything else is an error.
 func (s *session) get(ctx context.Context, path string, header http.Header) (*http.Response, error) {
 	resp, err := s.do(ctx, http.MethodGet, path, header)
