@@ -17,11 +17,11 @@ import (
 
 // A Blob is read by ranges. It may be used by many goroutines at once.
 type Blob struct {
-	session *session
-	desc    ocispec.Descriptor
-	// storage is where the registry last sent us for the blob, often by a URL that
-	// is signed and good for minutes. nil: ask the registry.
-	storage atomic.Pointer[url.URL]
+	source *source
+	desc   ocispec.Descriptor
+	// storage is where each place last sent us for the blob, often by a URL that is
+	// signed and good for minutes. nil: ask the place.
+	storage []atomic.Pointer[url.URL]
 }
 
 // Blob returns the blob that desc describes, in the repository of ref. Nothing
@@ -36,7 +36,12 @@ func (c *Client) Blob(ref Reference, desc ocispec.Descriptor) (*Blob, error) {
 	if desc.Size < 0 {
 		return nil, fmt.Errorf("blob %s in %s: size %d", desc.Digest, ref.name(), desc.Size)
 	}
-	return &Blob{session: c.session(ref), desc: desc}, nil
+	ref.Tag, ref.Digest = "", desc.Digest
+	src, err := c.source(ref)
+	if err != nil {
+		return nil, err
+	}
+	return &Blob{source: src, desc: desc, storage: make([]atomic.Pointer[url.URL], len(src.places))}, nil
 }
 
 // Size is the blob's length in bytes.
@@ -59,7 +64,7 @@ func (b *Blob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, sta
 	if off < 0 || n <= 0 || off > size || n > size-off {
 		return nil, 0, 0, fmt.Errorf("blob %s: bytes %d+%d are not within its %d", b.desc.Digest, off, n, size)
 	}
-	s := &stream{ctx: ctx, blob: b, pos: off, end: off + n, wait: b.session.reading()}
+	s := &stream{ctx: ctx, blob: b, pos: off, end: off + n, wait: b.source.registry().reading()}
 	s.wait.begin()
 	err = s.open(true)
 	s.wait.end()
@@ -75,49 +80,64 @@ func (b *Blob) located(err error, off, n int64) error {
 
 func (b *Blob) path() string { return "blobs/" + b.desc.Digest.String() }
 
-// answer sends one ranged GET for the bytes from off to end. whole reports that
-// the body is the blob from its first byte on.
-func (b *Blob) answer(ctx context.Context, off, end int64) (resp *http.Response, whole bool, err error) {
-	resp, err = b.send(ctx, rangeHeader(off, end))
+// An answer is that of one ranged GET.
+type answer struct {
+	resp  *http.Response
+	whole bool   // the body is the blob from its first byte on
+	from  *place // whom to blame if the body is not what it should be
+}
+
+// answer asks for the bytes from off to end, at one place after the other.
+func (b *Blob) answer(ctx context.Context, off, end int64) (a answer, err error) {
+	err = b.source.try(ctx, func(p *place) error {
+		a, err = b.ask(ctx, p, off, end)
+		return err
+	})
+	return a, err
+}
+
+func (b *Blob) ask(ctx context.Context, p *place, off, end int64) (answer, error) {
+	resp, err := b.send(ctx, p, rangeHeader(off, end))
 	if err != nil {
-		return nil, false, err
+		return answer{}, err
 	}
 	switch resp.StatusCode {
 	case http.StatusPartialContent:
 		err = checkPartial(resp, off, end-off, b.desc.Size)
 	case http.StatusOK:
-		whole, err = true, checkWhole(resp, b.desc.Size)
+		err = checkWhole(resp, b.desc.Size)
 	default:
-		return nil, false, statusError(resp, b.session.auth.hide)
+		return answer{}, statusError(resp, p.auth.hide)
 	}
 	if err != nil {
-		b.storage.Store(nil)
+		b.storage[p.index].Store(nil)
 		_ = resp.Body.Close() // the answer is refused anyway
-		return nil, false, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
+		return answer{}, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
 	}
-	return resp, whole, nil
+	return answer{resp: resp, whole: resp.StatusCode == http.StatusOK, from: p}, nil
 }
 
 // send asks the storage, where one is known, else the registry. Whatever the
 // storage answers but the bytes makes the registry the one to ask: a signed URL
 // has expired, say, and the registry has a new one.
-func (b *Blob) send(ctx context.Context, header http.Header) (*http.Response, error) {
-	if storage := b.storage.Load(); storage != nil {
-		resp, err := b.session.storage(ctx, storage, header)
+func (b *Blob) send(ctx context.Context, p *place, header http.Header) (*http.Response, error) {
+	known := &b.storage[p.index]
+	if storage := known.Load(); storage != nil {
+		resp, err := p.storage(ctx, storage, header)
 		if err == nil && resp.StatusCode < 300 {
 			return resp, nil
 		}
-		b.storage.CompareAndSwap(storage, nil)
+		known.CompareAndSwap(storage, nil)
 		if err != nil {
 			return nil, err
 		}
-		if refusal := statusError(resp, b.session.auth.hide); refusal.temporary() {
+		if refusal := statusError(resp, p.auth.hide); refusal.temporary() {
 			return nil, refusal
 		}
 	}
-	resp, err := b.session.do(ctx, http.MethodGet, b.path(), header)
-	if err == nil && resp.StatusCode < 300 && resp.Request.URL.Host != b.session.ref.apiHost() {
-		b.storage.Store(resp.Request.URL)
+	resp, err := p.do(ctx, http.MethodGet, b.path(), header)
+	if err == nil && resp.StatusCode < 300 && resp.Request.URL.Host != p.ref.apiHost() {
+		known.Store(resp.Request.URL)
 	}
 	return resp, err
 }
@@ -144,6 +164,7 @@ type stream struct {
 // A part is one answer's body: the bytes of the blob up to left more, and then,
 // if the answer was to end there, nothing.
 type part struct {
+	from   *place
 	body   io.ReadCloser
 	left   int64
 	exact  bool
@@ -190,6 +211,7 @@ func (s *stream) read(p []byte) (int, error) {
 		case err == nil:
 			continue // io.Reader allows it
 		}
+		s.blame(s.part.from, err)
 		s.drop()
 		if err := s.again(err); err != nil {
 			return 0, err
@@ -217,7 +239,8 @@ func (s *stream) again(err error) error {
 	if s.wait.tries == 0 {
 		level = slog.LevelWarn // the first sign of trouble; what follows repeats it
 	}
-	s.blob.session.client.log.Log(s.ctx, level, "blob read interrupted", "repository", s.blob.session.ref.name(),
+	at := s.blob.source.registry()
+	at.client.log.Log(s.ctx, level, "blob read interrupted", "repository", at.ref.name(),
 		"digest", s.blob.desc.Digest, "offset", s.pos, "try", s.wait.tries+1, "err", err)
 	return s.wait.again(s.ctx, err)
 }
@@ -225,28 +248,37 @@ func (s *stream) again(err error) error {
 func (s *stream) tryOpen(first bool) error {
 	ctx, cancel := context.WithCancelCause(s.ctx)
 	pt := &part{cancel: cancel, limit: time.AfterFunc(s.wait.watch(), func() { cancel(&wireError{errOutOfTime}) })}
-	resp, whole, err := s.blob.answer(ctx, s.pos, s.end)
+	a, err := s.blob.answer(ctx, s.pos, s.end)
 	if err != nil {
 		pt.limit.Stop()
 		cancel(nil)
 		return err
 	}
-	if whole && first {
+	if a.whole && first {
 		s.pos, s.end = 0, s.blob.desc.Size
 	}
-	pt.body, pt.left, pt.exact = resp.Body, s.end-s.pos, !whole || s.end == s.blob.desc.Size
-	if whole {
+	pt.from, pt.body = a.from, a.resp.Body
+	pt.left, pt.exact = s.end-s.pos, !a.whole || s.end == s.blob.desc.Size
+	if a.whole {
 		// A server that does not know ranges starts over; what was delivered
 		// before is passed over.
-		_, err = io.CopyN(io.Discard, resp.Body, s.pos)
+		_, err = io.CopyN(io.Discard, a.resp.Body, s.pos)
 	}
 	pt.limit.Stop()
 	if err != nil {
+		s.blame(a.from, err)
 		pt.close()
 		return shortBody(err)
 	}
 	s.part = pt
 	return nil
+}
+
+// blame leaves a mirror whose body failed, unless it was the reader who left.
+func (s *stream) blame(p *place, err error) {
+	if s.ctx.Err() == nil {
+		p.leave(err)
+	}
 }
 
 // read delivers bytes, or says why not. The last ones leave only when the body

@@ -56,6 +56,10 @@ type Options struct {
 	// SkipTLSVerify takes any certificate for good. Nothing then says who answers:
 	// the bytes of a range are whatever is sent.
 	SkipTLSVerify bool
+	// RegistriesConf and its directory FILE.d are read in place of the host's
+	// containers-registries.conf(5),
+	// which names mirrors, and registries that are insecure or blocked.
+	RegistriesConf string
 	// Transport replaces the HTTP transport; RootCAs, CertDirs, SkipTLSVerify and
 	// MaxConnsPerHost are then its own concern.
 	Transport http.RoundTripper
@@ -76,13 +80,17 @@ type Client struct {
 	resolveWait time.Duration
 	log         *slog.Logger
 
+	registriesConf string
+
 	wire   http.RoundTripper
 	follow http.RoundTripper // wire, following redirects
 	idle   func()            // closes idle connections
-	tasks  tasks
+	// trustAny has any certificate of a host taken for good.
+	trustAny func(host string)
+	tasks    tasks
 
 	mu       sync.Mutex
-	sessions map[string]*session // by Reference.name
+	sessions map[sessionKey]*session
 	origins  map[string]*url.URL // by API host, once it is known
 }
 
@@ -106,9 +114,10 @@ func New(o Options) (*Client, error) {
 	c := &Client{
 		keyring: keys, plainHTTP: o.PlainHTTP,
 		errorWait: errorWait, resolveWait: resolveWait,
-		log:      o.Logger,
-		idle:     func() {},
-		sessions: map[string]*session{}, origins: map[string]*url.URL{},
+		log:  o.Logger,
+		idle: func() {}, trustAny: func(string) {},
+		registriesConf: o.RegistriesConf,
+		sessions:       map[sessionKey]*session{}, origins: map[string]*url.URL{},
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -119,8 +128,8 @@ func New(o Options) (*Client, error) {
 		wire.userAgent = defaultUserAgent()
 	}
 	if wire.next == nil {
-		t := &hostTransport{base: newTransport(o, noProgress), dirs: o.CertDirs, hosts: map[string]*http.Transport{}}
-		wire.next, wire.queues, c.idle = t, true, t.closeIdle
+		t := &hostTransport{base: newTransport(o, noProgress), dirs: o.CertDirs, hosts: map[string]*http.Transport{}, insecure: map[string]bool{}}
+		wire.next, wire.queues, c.idle, c.trustAny = t, true, t.closeIdle, t.trustAny
 	}
 	c.wire = wire
 	c.follow = &redirectTransport{next: wire, plainHTTP: o.PlainHTTP}

@@ -33,8 +33,19 @@ type hostTransport struct {
 	base *http.Transport
 	dirs []string
 
-	mu    sync.Mutex
-	hosts map[string]*http.Transport // base where the host has no directory
+	mu       sync.Mutex
+	hosts    map[string]*http.Transport // base where nothing is said of the host
+	insecure map[string]bool            // hosts whose certificates do not matter
+}
+
+// trustAny has to come before the first request to host.
+func (t *hostTransport) trustAny(host string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.insecure[host] {
+		t.insecure[host] = true
+		delete(t.hosts, host)
+	}
 }
 
 func (t *hostTransport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -56,8 +67,11 @@ func (t *hostTransport) forHost(host string) (*http.Transport, error) {
 	if err != nil {
 		return nil, err
 	}
-	if dir != "" {
+	if dir != "" || t.insecure[host] {
 		next = t.base.Clone()
+		next.TLSClientConfig.InsecureSkipVerify = next.TLSClientConfig.InsecureSkipVerify || t.insecure[host]
+	}
+	if dir != "" {
 		// Clone shares the pool of authorities, which is about to grow.
 		if pool := next.TLSClientConfig.RootCAs; pool != nil {
 			next.TLSClientConfig.RootCAs = pool.Clone()

@@ -174,8 +174,8 @@ func (c *Client) Stat(ctx context.Context, ref Reference, d digest.Digest) (ocis
 		return ocispec.Descriptor{}, err
 	}
 	desc := ocispec.Descriptor{Digest: d, MediaType: "application/octet-stream"}
-	err = retry(ctx, b.session.resolving(), func(ctx context.Context) error {
-		desc.Size, err = b.askSize(ctx)
+	err = b.source.resolve(ctx, func(ctx context.Context, p *place) error {
+		desc.Size, err = b.askSize(ctx, p)
 		return err
 	})
 	if err != nil {
@@ -186,8 +186,8 @@ func (c *Client) Stat(ctx context.Context, ref Reference, d digest.Digest) (ocis
 
 // askSize takes the Content-Length of a HEAD. Where HEAD does not work, as with
 // URLs that are signed for GET, the first byte comes with the size of the rest.
-func (b *Blob) askSize(ctx context.Context) (int64, error) {
-	resp, err := b.session.do(ctx, http.MethodHead, b.path(), http.Header{"Accept-Encoding": {"identity"}})
+func (b *Blob) askSize(ctx context.Context, p *place) (int64, error) {
+	resp, err := p.do(ctx, http.MethodHead, b.path(), http.Header{"Accept-Encoding": {"identity"}})
 	if err != nil {
 		return 0, err
 	}
@@ -196,14 +196,14 @@ func (b *Blob) askSize(ctx context.Context) (int64, error) {
 	case resp.StatusCode == http.StatusOK && resp.ContentLength >= 0 && checkIdentity(resp) == nil:
 		return resp.ContentLength, nil
 	case resp.StatusCode == http.StatusNotFound:
-		return 0, statusError(resp, b.session.auth.hide)
+		return 0, statusError(resp, p.auth.hide)
 	}
-	resp, err = b.session.do(ctx, http.MethodGet, b.path(), rangeHeader(0, 1))
+	resp, err = p.do(ctx, http.MethodGet, b.path(), rangeHeader(0, 1))
 	if err != nil {
 		return 0, err
 	}
 	if resp.StatusCode != http.StatusPartialContent && resp.StatusCode != http.StatusOK {
-		return 0, statusError(resp, b.session.auth.hide)
+		return 0, statusError(resp, p.auth.hide)
 	}
 	_ = resp.Body.Close() // only the header matters
 	if err := checkIdentity(resp); err != nil {
@@ -231,25 +231,34 @@ func (c *Client) ImageConfig(ctx context.Context, im *Image) (*ocispec.Image, er
 		return nil, fmt.Errorf("config: %w", err)
 	}
 	var raw []byte
-	err = retry(ctx, b.session.resolving(), func(ctx context.Context) error {
-		resp, err := b.session.get(ctx, b.path(), http.Header{"Accept-Encoding": {"identity"}})
-		if err != nil {
-			return err
-		}
-		raw, err = readBounded(resp, maxConfig)
+	err = b.source.resolve(ctx, func(ctx context.Context, p *place) error {
+		raw, err = b.small(ctx, p, maxConfig)
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%s: config: %w", im.Reference, err)
-	}
-	if got := im.Config.Digest.Algorithm().FromBytes(raw); got != im.Config.Digest {
-		return nil, fmt.Errorf("%s: config: asked for %s, received bytes have %s", im.Reference, im.Config.Digest, got)
 	}
 	config := new(ocispec.Image)
 	if err := json.Unmarshal(raw, config); err != nil {
 		return nil, fmt.Errorf("%s: config %s: %w", im.Reference, im.Config.Digest, err)
 	}
 	return config, nil
+}
+
+// small fetches the whole blob from p and verifies it.
+func (b *Blob) small(ctx context.Context, p *place, limit int64) ([]byte, error) {
+	resp, err := p.get(ctx, b.path(), http.Header{"Accept-Encoding": {"identity"}})
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readBounded(resp, limit)
+	if err != nil {
+		return nil, err
+	}
+	if got := b.desc.Digest.Algorithm().FromBytes(raw); got != b.desc.Digest {
+		return nil, fmt.Errorf("asked for %s, received bytes have %s", b.desc.Digest, got)
+	}
+	return raw, nil
 }
 
 // checkPlatform holds an image that no index vouches for against a platform that

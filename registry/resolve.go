@@ -35,7 +35,11 @@ func (c *Client) Resolve(ctx context.Context, ref Reference, sel Selector) (*Ima
 	if err != nil {
 		return nil, err
 	}
-	r := &resolver{session: c.session(ref), want: want}
+	src, err := c.source(ref)
+	if err != nil {
+		return nil, err
+	}
+	r := &resolver{source: src, want: want}
 	im, err := r.resolve(ctx, ref)
 	if err == nil && sel.Platform != "" && im.IndexDigest == "" {
 		err = c.checkPlatform(ctx, im, want)
@@ -48,13 +52,13 @@ func (c *Client) Resolve(ctx context.Context, ref Reference, sel Selector) (*Ima
 
 // A resolver walks from a reference down to one manifest.
 type resolver struct {
-	session *session
-	want    platform
+	source *source
+	want   platform
 }
 
 func (r *resolver) resolve(ctx context.Context, ref Reference) (*Image, error) {
 	im := &Image{Reference: ref}
-	doc, err := r.session.manifest(ctx, ref.target(), ref.Digest, "")
+	doc, err := r.source.manifest(ctx, ref.target(), ref.Digest, "")
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +80,7 @@ func (r *resolver) resolve(ctx context.Context, ref Reference) (*Image, error) {
 		if next.Platform != nil {
 			im.Platform = clean(platformOf(next.Platform).String(), maxPlatformText)
 		}
-		doc, err = r.session.manifest(ctx, next.Digest.String(), next.Digest, next.MediaType)
+		doc, err = r.source.manifest(ctx, next.Digest.String(), next.Digest, next.MediaType)
 		if err != nil {
 			return nil, err
 		}
@@ -119,31 +123,33 @@ type document struct {
 
 // manifest fetches, verifies and reads one document. want is the digest that it
 // must have, "" for a tag; declared is the media type that its descriptor gave.
-func (s *session) manifest(ctx context.Context, target string, want digest.Digest, declared string) (document, error) {
-	var raw []byte
-	var header http.Header
-	err := retry(ctx, s.resolving(), func(ctx context.Context) error {
-		resp, err := s.get(ctx, "manifests/"+target, http.Header{"Accept": {manifestAccept}})
-		if err != nil {
-			return err
-		}
-		header = resp.Header
-		raw, err = readBounded(resp, maxManifest)
+func (s *source) manifest(ctx context.Context, target string, want digest.Digest, declared string) (doc document, err error) {
+	err = s.resolve(ctx, func(ctx context.Context, p *place) error {
+		doc, err = p.manifest(ctx, target, want, declared)
 		return err
 	})
 	if err != nil {
 		return document{}, fmt.Errorf("manifest %s: %w", target, err)
 	}
-	d, err := verifyManifest(raw, want, header.Get("Docker-Content-Digest"))
-	if err != nil {
-		return document{}, fmt.Errorf("manifest %s: %w", target, err)
-	}
-	doc, err := parseManifest(raw, contentType(header), declared)
-	if err != nil {
-		return document{}, fmt.Errorf("manifest %s: %w", target, err)
-	}
-	doc.digest = d
 	return doc, nil
+}
+
+func (s *session) manifest(ctx context.Context, target string, want digest.Digest, declared string) (document, error) {
+	resp, err := s.get(ctx, "manifests/"+target, http.Header{"Accept": {manifestAccept}})
+	if err != nil {
+		return document{}, err
+	}
+	raw, err := readBounded(resp, maxManifest)
+	if err != nil {
+		return document{}, err
+	}
+	d, err := verifyManifest(raw, want, resp.Header.Get("Docker-Content-Digest"))
+	if err != nil {
+		return document{}, err
+	}
+	doc, err := parseManifest(raw, contentType(resp.Header), declared)
+	doc.digest = d
+	return doc, err
 }
 
 // verifyManifest computes the digest of raw and holds it against the one that

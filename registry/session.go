@@ -17,27 +17,49 @@ import (
 type session struct {
 	client  *Client
 	ref     Reference
+	access  access
 	auth    *authTransport
 	reached atomic.Bool // the registry has answered at least once
+	// pausedUntil is when a mirror that failed takes its turn again, in Unix
+	// nanoseconds.
+	pausedUntil atomic.Int64
 }
 
-func (c *Client) session(ref Reference) *session {
+// access is what the host's configuration says of a place.
+type access struct {
+	insecure  bool   // any certificate will do, and plain HTTP, too
+	namespace string // sent as ns, to a proxy for many registries
+	stranger  bool   // a mirror elsewhere: credentials that were given are not for it
+}
+
+// A sessionKey tells the sessions of a Client apart.
+type sessionKey struct {
+	name   string // Reference.name
+	access access
+}
+
+func (c *Client) session(ref Reference, how access) *session {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s := c.sessions[ref.name()]; s != nil {
+	key := sessionKey{ref.name(), how}
+	if s := c.sessions[key]; s != nil {
 		return s
 	}
 	// Tag and digest are of one request; what is kept here is of them all.
 	ref.Tag, ref.Digest = "", ""
-	s := &session{client: c, ref: ref}
-	origin := func(ctx context.Context) (*url.URL, error) { return c.origin(ctx, ref.apiHost()) }
+	s := &session{client: c, ref: ref, access: how}
+	origin := func(ctx context.Context) (*url.URL, error) { return c.origin(ctx, ref.apiHost(), how.insecure) }
+	keys := c.keyring
+	if how.stranger {
+		keys.given = credentials{}
+	}
 	s.auth = &authTransport{
-		next: c.follow, ref: ref, keyring: c.keyring,
+		next: c.follow, ref: ref, keyring: keys,
 		tokens: tokenService{next: c.follow, plainHTTP: c.plainHTTP, origin: origin},
 		tasks:  &c.tasks,
 		grants: map[challenge]grant{},
 	}
-	c.sessions[ref.name()] = s
+	c.sessions[key] = s
 	return s
 }
 
@@ -54,11 +76,15 @@ func (s *session) reading() *patience {
 
 // do sends one request for the repository, by one try. path is relative to it.
 func (s *session) do(ctx context.Context, method, path string, header http.Header) (*http.Response, error) {
-	origin, err := s.client.origin(ctx, s.ref.apiHost())
+	origin, err := s.client.origin(ctx, s.ref.apiHost(), s.access.insecure)
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, method, origin.JoinPath("v2", s.ref.Repository, path).String(), nil)
+	u := origin.JoinPath("v2", s.ref.Repository, path)
+	if s.access.namespace != "" {
+		u.RawQuery = url.Values{"ns": {s.access.namespace}}.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -108,21 +134,24 @@ func readBounded(resp *http.Response, limit int64) ([]byte, error) {
 }
 
 // origin returns where the API of host is: its scheme and host. For a loopback
-// host it has to ask.
-func (c *Client) origin(ctx context.Context, host string) (*url.URL, error) {
+// host, and one that may be insecure, it has to ask.
+func (c *Client) origin(ctx context.Context, host string, insecure bool) (*url.URL, error) {
 	c.mu.Lock()
 	known := c.origins[host]
 	c.mu.Unlock()
 	if known != nil {
 		return known, nil
 	}
+	if insecure {
+		c.trustAny(host)
+	}
 	scheme := "https"
 	switch {
 	case c.plainHTTP:
 		scheme = "http"
-	case isLoopback(host):
+	case insecure, isLoopback(host):
 		var err error
-		if scheme, err = c.probe(ctx, host); err != nil {
+		if scheme, err = c.probe(ctx, host, insecure); err != nil {
 			return nil, err
 		}
 	}
@@ -135,22 +164,31 @@ func (c *Client) origin(ctx context.Context, host string) (*url.URL, error) {
 
 // probe greets host by TLS. Whatever answers in HTTPS is HTTPS, and what
 // answers the greeting with something that is not TLS is plain HTTP; neither
-// would become the other, so it is asked only once.
-func (c *Client) probe(ctx context.Context, host string) (scheme string, err error) {
-	u := &url.URL{Scheme: "https", Host: host, Path: "/v2/"}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return "", err
-	}
-	resp, err := c.wire.RoundTrip(req)
+// would become the other, so it is asked only once. An insecure host may also
+// speak plain HTTP where nothing listens for HTTPS.
+func (c *Client) probe(ctx context.Context, host string, insecure bool) (scheme string, err error) {
+	err = c.greet(ctx, "https", host)
 	switch {
 	case err == nil:
-		discard(resp)
 		return "https", nil
-	case notTLS(err):
+	case notTLS(err), insecure && c.greet(ctx, "http", host) == nil:
 		return "http", nil
 	}
 	return "", err
+}
+
+// greet reports whether anything answers at host.
+func (c *Client) greet(ctx context.Context, scheme, host string) error {
+	u := &url.URL{Scheme: scheme, Host: host, Path: "/v2/"}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.wire.RoundTrip(req)
+	if err == nil {
+		discard(resp)
+	}
+	return err
 }
 
 // isLoopback reports whether host, with or without a port, can only be this
