@@ -3,7 +3,10 @@ package registry_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"io"
 	"net/http"
+	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -61,5 +64,53 @@ func TestRealRegistry(t *testing.T) {
 		if !errors.As(err, &status) || status.Code != 404 || status.Codes[0] != "MANIFEST_UNKNOWN" {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestPullThroughCacheKilled reads through the distribution project's pull-through
+// cache, which is killed in the middle of a body.
+func TestPullThroughCacheKilled(t *testing.T) {
+	upstream := dockerregistry.Start(t)
+	cache := dockerregistry.StartWith(t, dockerregistry.Options{Upstream: "http://" + upstream})
+	data := noise(64 << 20)
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	t.Cleanup(transport.CloseIdleConnections)
+	o := ocipush.Options{Client: &http.Client{Transport: transport}}
+	if _, err := ocipush.Push(t.Context(), "http://"+upstream, "a/x:v1", []ocipush.Layer{ocipush.Bytes(registry.MediaTypeErofs, data)}, o); err != nil {
+		t.Fatal(err)
+	}
+	log := newWatchedLog()
+	conf := fmt.Sprintf("[[registry]]\nlocation = %q\n[[registry.mirror]]\nlocation = %q\n", upstream, cache.Addr)
+	c := newClient(t, registry.Options{RegistriesConf: writeFile(t, conf), Logger: log.logger()})
+	im, err := c.Resolve(t.Context(), parse(t, upstream+"/a/x:v1"), registry.Selector{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := c.Blob(im.Reference, im.Layers[0].Descriptor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What the cache does not have yet it sends whole, whatever the range.
+	body, start, _, err := b.Fetch(t.Context(), 1<<20, b.Size()-1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	got := make([]byte, b.Size()-start)
+	if _, err := io.ReadFull(body, got[:1<<20]); err != nil {
+		t.Fatal(err)
+	}
+	if log.String() != "" {
+		t.Errorf("logged: %s", log)
+	}
+	cache.Kill()
+	if _, err := io.ReadFull(body, got[1<<20:]); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, data[start:]) {
+		t.Error("the bytes are not the blob's")
+	}
+	if !strings.Contains(log.String(), "mirror left") {
+		t.Errorf("logged: %s", log)
 	}
 }

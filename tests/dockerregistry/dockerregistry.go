@@ -21,14 +21,39 @@ import (
 	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
+// Options of a registry. The zero value is an open, empty one.
+type Options struct {
+	// Upstream makes it a pull-through cache of the registry at this URL.
+	Upstream string
+}
+
+// A Registry serves until the test ends, or Kill.
+type Registry struct {
+	Addr string // host:port
+	kill func()
+}
+
+// Kill ends the registry at once, in the middle of whatever it does.
+func (r *Registry) Kill() { r.kill() }
+
 // Start returns the host:port of a fresh, empty registry, once it accepts
 // connections.
 func Start(t testing.TB) string {
 	t.Helper()
+	return StartWith(t, Options{}).Addr
+}
+
+// StartWith starts a registry and returns once it accepts connections.
+func StartWith(t testing.TB, o Options) *Registry {
+	t.Helper()
 	require.Has(t, "docker-registry")
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(config, fmt.Appendf(nil, configuration, filepath.Join(dir, "data")), 0o600); err != nil {
+	text := fmt.Appendf(nil, configuration, filepath.Join(dir, "data"))
+	if o.Upstream != "" {
+		text = fmt.Appendf(text, "proxy:\n  remoteurl: %s\n", o.Upstream)
+	}
+	if err := os.WriteFile(config, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("docker-registry", "serve", config)
@@ -52,13 +77,14 @@ func Start(t testing.TB) string {
 		_ = w.Close() // ends watch; a pipe's Close cannot fail
 		ended <- err
 	}()
-	t.Cleanup(func() {
+	kill := func() {
 		_ = cmd.Process.Kill() // fails only if it has ended by itself
 		<-logDone
-	})
+	}
+	t.Cleanup(kill)
 	select {
 	case a := <-addr:
-		return a
+		return &Registry{Addr: a, kill: kill}
 	case err := <-ended:
 		t.Fatalf("docker-registry ended: %v", err)
 	case <-time.After(30 * time.Second):
