@@ -46,7 +46,7 @@ var lattice = map[string]room{
 	"registry": {
 		ours: []string{"registry/integrity"},
 		others: []string{"go.podman.io/image/v5", "github.com/opencontainers/go-digest", "github.com/opencontainers/image-spec",
-			"golang.org/x/sync"},
+			"golang.org/x/sync", "github.com/docker/docker-credential-helpers"},
 	},
 	"backend":        {others: []string{"golang.org/x/sys", "github.com/moby/sys/mountinfo"}},
 	"backend/kmount": {others: []string{"golang.org/x/sys", "github.com/moby/sys/mountinfo"}},
