@@ -82,9 +82,11 @@ type Client struct {
 
 	registriesConf string
 
-	wire   http.RoundTripper
+	wire   http.RoundTripper // with a gate before each host
 	follow http.RoundTripper // wire, following redirects
-	idle   func()            // closes idle connections
+	// recovery is closed when a host that was in trouble answers again.
+	recovery func() <-chan struct{}
+	idle     func() // closes idle connections
 	// trustAny has any certificate of a host taken for good.
 	trustAny func(host string)
 	tasks    tasks
@@ -131,8 +133,9 @@ func New(o Options) (*Client, error) {
 		t := &hostTransport{base: newTransport(o, noProgress), dirs: o.CertDirs, hosts: map[string]*http.Transport{}, insecure: map[string]bool{}}
 		wire.next, wire.queues, c.idle, c.trustAny = t, true, t.closeIdle, t.trustAny
 	}
-	c.wire = wire
-	c.follow = &redirectTransport{next: wire, plainHTTP: o.PlainHTTP}
+	gates := newGateTransport(wire, maxConns(o))
+	c.wire, c.recovery = gates, gates.recovery
+	c.follow = &redirectTransport{next: gates, plainHTTP: o.PlainHTTP}
 	return c, nil
 }
 
@@ -155,11 +158,15 @@ func wait(d, byDefault time.Duration) time.Duration {
 	return d
 }
 
-func newTransport(o Options, noProgress time.Duration) *http.Transport {
-	conns := o.MaxConnsPerHost
-	if conns <= 0 {
-		conns = DefaultMaxConns
+func maxConns(o Options) int {
+	if o.MaxConnsPerHost <= 0 {
+		return DefaultMaxConns
 	}
+	return o.MaxConnsPerHost
+}
+
+func newTransport(o Options, noProgress time.Duration) *http.Transport {
+	conns := maxConns(o)
 	dialer := &net.Dialer{Timeout: noProgress}
 	return &http.Transport{
 		Proxy: proxyFromEnvironment,

@@ -17,13 +17,16 @@
 //	Fetch, manifest    retry (patience)  one loop for opening and for resuming
 //	  authTransport    Authorization for this repository; answers 401 once
 //	    redirect       follows 3xx; credentials stay with their origin
-//	      wire         no-progress timeout, redaction, the end of the Client
-//	        net/http
+//	      gate         a circuit breaker for each host, a limit for all
+//	        wire       no-progress timeout, redaction, the end of the Client
+//	          net/http
 //
 // Retrying is above everything else, since a try that starts at the registry
 // gets a new token and a new signed URL where the old ones were the trouble.
-// What concerns one host only (a circuit breaker, a limit) has its place below
-// redirect.
+//
+// A host that fails gets four requests a second at most, however many want
+// something of it, and so does one of which nothing is known yet. The others wait
+// in their retry, and all of them go on with its first good answer.
 //
 // # Time
 //

@@ -157,6 +157,9 @@ func (p *place) leave(err error) {
 	if !p.mirror {
 		return
 	}
-	p.pausedUntil.Store(time.Now().Add(mirrorPause).UnixNano())
+	now := time.Now()
+	if p.pausedUntil.Swap(now.Add(mirrorPause).UnixNano()) > now.UnixNano() {
+		return // another reader has said so
+	}
 	p.client.log.Warn("mirror left", "mirror", p.ref.name(), "for", mirrorPause, "err", err)
 }

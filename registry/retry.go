@@ -22,10 +22,13 @@ type patience struct {
 	limit time.Duration // 0: a single try
 	host  string        // for the error
 	eager bool          // first contact: do not wait for a host that is not there
+	// recovery is closed when a host that was in trouble answers again.
+	recovery func() <-chan struct{}
 
 	spent time.Duration // before since
 	since time.Time
 	tries int   // failed since the last progress
+	held  int   // did not leave since the last progress
 	last  error // the most telling of their errors
 }
 
@@ -33,7 +36,7 @@ func (p *patience) begin() { p.since = time.Now() }
 func (p *patience) end()   { p.spent += time.Since(p.since) }
 
 func (p *patience) progress() {
-	p.spent, p.tries, p.last = 0, 0, nil
+	p.spent, p.tries, p.held, p.last = 0, 0, 0, nil
 	p.since = time.Now()
 }
 
@@ -55,7 +58,11 @@ func (p *patience) watch() time.Duration {
 // Some of the time is kept back for a last try, which so begins and ends before
 // the limit.
 func (p *patience) again(ctx context.Context, err error) error {
-	p.tries++
+	if held(err) != nil {
+		p.held++
+	} else {
+		p.tries++
+	}
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -64,7 +71,7 @@ func (p *patience) again(ctx context.Context, err error) error {
 	case p.eager && nobodyThere(err):
 		return fmt.Errorf("no registry at %s: %w", p.host, err)
 	}
-	if p.last == nil || !errors.Is(err, errOutOfTime) {
+	if p.last == nil || !errors.Is(err, errOutOfTime) && held(err) == nil {
 		p.last = err
 	}
 	reserve := min(time.Second, p.limit/10)
@@ -72,29 +79,23 @@ func (p *patience) again(ctx context.Context, err error) error {
 	if room <= 0 {
 		return &UnavailableError{Host: p.host, Waited: p.waited(), Tries: p.tries, Err: p.last}
 	}
-	return sleep(ctx, min(p.delay(err), room))
+	d, early := p.delay(err)
+	return await(ctx, min(d, room), early)
 }
 
-// delay is what the server asked for, or the backoff where that is longer.
-func (p *patience) delay(err error) time.Duration {
-	top := min(backoffCap, backoffBase<<min(p.tries-1, 10))
-	d := rand.N(top)
+// delay is the backoff, which ends when a host recovers, or what the server asked
+// for where that is longer.
+func (p *patience) delay(err error) (d time.Duration, early <-chan struct{}) {
+	top := min(backoffCap, backoffBase<<min(p.tries+p.held-1, 10))
+	d = rand.N(top)
+	if h := held(err); h != nil {
+		return d, h.recovery
+	}
 	var status *StatusError
-	if errors.As(err, &status) {
-		d = max(d, status.retryAfter)
+	if errors.As(err, &status) && status.retryAfter > d {
+		return status.retryAfter, nil
 	}
-	return d
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return d, p.recovery()
 }
 
 // errOutOfTime ends a try that is still under way when patience runs out.

@@ -66,12 +66,12 @@ func (c *Client) session(ref Reference, how access) *session {
 // resolving is the patience for finding an image. A host that nobody has
 // reached yet and that is not there is a mistake more often than an outage.
 func (s *session) resolving() *patience {
-	return &patience{limit: s.client.resolveWait, host: s.ref.Host, eager: !s.reached.Load()}
+	return &patience{limit: s.client.resolveWait, host: s.ref.Host, eager: !s.reached.Load(), recovery: s.client.recovery}
 }
 
 // reading is the patience for the bytes of a blob.
 func (s *session) reading() *patience {
-	return &patience{limit: s.client.errorWait, host: s.ref.Host}
+	return &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery}
 }
 
 // do sends one request for the repository, by one try. path is relative to it.
