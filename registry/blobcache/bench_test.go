@@ -44,6 +44,17 @@ func BenchmarkHit(b *testing.B) {
 	}
 }
 
+// BenchmarkFresh is what a hit pays for readahead: a look whether it is the first read of what was fetched ahead.
+func BenchmarkFresh(b *testing.B) {
+	const chunks = 4096
+	m := make(bitmap, chunks/64)
+	for i := int64(0); b.Loop(); i++ {
+		if m.any(i%chunks, i%chunks+1) {
+			b.Fatal("nothing was fetched ahead")
+		}
+	}
+}
+
 // BenchmarkColdFill is what the cache adds to a server that costs nothing.
 func BenchmarkColdFill(b *testing.B) {
 	const size = 32 << 20

@@ -9,9 +9,9 @@ import (
 	"sync/atomic"
 )
 
-// errAbandoned is what a pending chunk fails with when the blob that brought it is closed: a reader through another
-// blob of that digest fetches the chunk itself.
-var errAbandoned = errors.New("the blob that fetched it was closed")
+// errAbandoned is what a pending chunk fails with when the blob that brought it is closed, or when it was fetched ahead
+// in vain: a reader that waits for it fetches it itself.
+var errAbandoned = errors.New("its fetch was given up")
 
 // A Blob reads one blob through the cache. Its methods may be called in parallel.
 type Blob struct {
@@ -42,7 +42,7 @@ func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := s.check(off, len(p)); err != nil {
 		return err
 	}
-	if resident, err := s.readResident(p, off); resident || err != nil {
+	if resident, err := b.readResident(p, off); resident || err != nil {
 		return err
 	}
 	s.counters.misses.Add(1)
@@ -59,8 +59,20 @@ func (b *Blob) ReadResident(p []byte, off int64) bool {
 	if b.closed.Load() || b.store.check(off, len(p)) != nil {
 		return false
 	}
-	resident, err := b.store.readResident(p, off)
+	resident, err := b.readResident(p, off)
 	return resident && err == nil // a ReadAt of the same bytes tells the error
+}
+
+// readResident fills p if all of it is present, and sees to it that what was fetched ahead goes on.
+func (b *Blob) readResident(p []byte, off int64) (bool, error) {
+	s := b.store
+	resident, err := s.readResident(p, off)
+	if resident && len(p) > 0 {
+		if first, end := s.span(off, len(p)); s.fresh.any(first, end) {
+			b.touch(first, end)
+		}
+	}
+	return resident, err
 }
 
 // Present says whether the chunk of off is here, and where the run of chunks of which that is true ends. off lies in
@@ -91,7 +103,7 @@ func (b *Blob) closedError() error {
 	return fmt.Errorf("blob %s: %w", b.store.digest, os.ErrClosed)
 }
 
-// readMissing reads a range of which something was absent. It begins anew at a chunk whose bringer was closed.
+// readMissing reads a range of which something was absent. It begins anew at a chunk whose fetch was given up.
 func (b *Blob) readMissing(ctx context.Context, p []byte, off int64) error {
 	for len(p) > 0 {
 		if err := ctx.Err(); err != nil {

@@ -54,7 +54,7 @@ func TestContractOverFaults(t *testing.T) {
 				a.end, a.broken = a.start+cs+1, errServer
 			}
 		}
-		return open(t, s, Options{MaxSpan: 4 * cs})
+		return open(t, s, Options{MaxSpan: 4 * cs, Readahead: ahead})
 	})
 }
 
@@ -161,7 +161,7 @@ func TestStats(t *testing.T) {
 
 func TestHitAllocatesNothing(t *testing.T) {
 	s := newServer(8 * cs)
-	b := open(t, s, Options{})
+	b := open(t, s, Options{Readahead: ahead})
 	p := make([]byte, 3*cs)
 	if err := b.ReadAt(ctx, p, 100); err != nil {
 		t.Fatal(err)
@@ -202,7 +202,7 @@ func TestBitmap(t *testing.T) {
 // Two caches of one digest in one process share what they fetched; a size that differs is refused.
 func TestSharedStore(t *testing.T) {
 	s, other := newServer(4*cs), newServer(4*cs)
-	c := openCache(t, Options{ChunkSize: cs})
+	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
 	a, b := openBlob(t, c, s), openBlob(t, c, other)
 	if err := readNow(ctx, a, s, 0, cs); err != nil {
 		t.Fatal(err)
@@ -271,7 +271,7 @@ func TestOpenRefuses(t *testing.T) {
 
 func TestNew(t *testing.T) {
 	for _, o := range []Options{
-		{ChunkSize: -1}, {ChunkSize: 1}, {ChunkSize: 2048}, {ChunkSize: 5000}, {ChunkSize: 32 << 20}, {MaxSpan: -1}, {MaxFetches: -1},
+		{ChunkSize: -1}, {ChunkSize: 1}, {ChunkSize: 2048}, {ChunkSize: 5000}, {ChunkSize: 32 << 20}, {MaxSpan: -1}, {MaxFetches: -1}, {MaxAhead: -1},
 	} {
 		if _, err := New(t.TempDir(), o); err == nil {
 			t.Errorf("options %+v were accepted", o)

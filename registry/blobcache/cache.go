@@ -18,6 +18,14 @@
 // the whole again. Such a flight is the blob's stream: it publishes every chunk that passes, readers of chunks that
 // are still to come wait for it, and it takes over what other flights have asked for but not begun to receive.
 //
+// Before anybody waits for them, chunks are fetched that will probably be read next: a window in front of whoever goes
+// forward through the blob, and the rest of a region of which half was read (see guesser). What is guessed from is the
+// first read of each chunk, whether it was absent or fetched ahead; all other reads pay for a look at one bitmap. A
+// guess goes behind the flight that is just to begin, or is a flight of its own. It has no claim on the limit for what
+// somebody waits for, has a limit of its own, and where that is reached it is dropped, not queued. A reader of a chunk
+// that is fetched ahead waits for it as for any other; if that fails, the reader fetches it, and nothing is guessed
+// until something goes well again.
+//
 // On disk a blob is one sparse file with byte i of the blob at byte i, and holes where chunks are absent; which
 // chunks are present is kept apart from it, one bit each:
 //
@@ -28,8 +36,8 @@
 // or is believed by the next one. A disk that is full does not fail a read: the chunk is handed to those who wait for
 // it and is absent afterwards.
 //
-// The package does not retry, bound how long a fetch may take, read ahead or verify: the Fetcher does the first two,
-// and a flight holds only what was asked for. It knows nothing of HTTP or registries.
+// The package does not retry, bound how long a fetch may take, or verify: the Fetcher does the first two. It knows
+// nothing of HTTP or registries, nor of what is in a blob.
 package blobcache
 
 import (
@@ -56,7 +64,9 @@ type Fetcher interface {
 type Options struct {
 	ChunkSize  int64        // a power of two from 4 KiB to 16 MiB; 256 KiB if zero
 	MaxSpan    int64        // the most that one Fetch asks for, in whole chunks and at least one; 8 MiB if zero
-	MaxFetches int          // fetches under way at a time, all blobs together; 16 if zero
+	MaxFetches int          // fetches that somebody waits for, under way at a time, all blobs together; 16 if zero
+	Readahead  int64        // the most that is fetched ahead of a reader; 16 MiB if zero, nothing if negative
+	MaxAhead   int          // fetches under way beside those that nobody waits for; 4 if zero
 	Logger     *slog.Logger // silent if nil
 }
 
@@ -64,6 +74,8 @@ const (
 	defaultChunkSize  = 256 << 10
 	defaultMaxSpan    = 8 << 20
 	defaultMaxFetches = 16
+	defaultReadahead  = 16 << 20
+	defaultMaxAhead   = 4
 	minChunkSize      = 4 << 10
 	maxChunkSize      = 16 << 20
 	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
@@ -84,8 +96,14 @@ func (o Options) withDefaults() (Options, error) {
 	if o.MaxFetches == 0 {
 		o.MaxFetches = defaultMaxFetches
 	}
-	if o.MaxSpan < 0 || o.MaxFetches < 0 {
-		return o, fmt.Errorf("span of %d bytes, %d fetches: must not be negative", o.MaxSpan, o.MaxFetches)
+	if o.Readahead == 0 {
+		o.Readahead = defaultReadahead
+	}
+	if o.MaxAhead == 0 {
+		o.MaxAhead = defaultMaxAhead
+	}
+	if o.MaxSpan < 0 || o.MaxFetches < 0 || o.MaxAhead < 0 {
+		return o, fmt.Errorf("span of %d bytes, %d fetches, %d ahead: must not be negative", o.MaxSpan, o.MaxFetches, o.MaxAhead)
 	}
 	o.MaxSpan = max(o.MaxSpan, o.ChunkSize)
 	if o.Logger == nil {
@@ -102,9 +120,10 @@ type Cache struct {
 
 	ctx     context.Context
 	cancel  context.CancelFunc
-	fetches *semaphore.Weighted
-	buffers sync.Pool // *[]byte of ChunkSize; a flight that receives holds one
-	unkept  sync.Once // the log line about a disk that cannot keep what was fetched
+	fetches *semaphore.Weighted // MaxFetches
+	ahead   *semaphore.Weighted // MaxAhead
+	buffers sync.Pool           // *[]byte of ChunkSize; a flight that receives holds one
+	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
 	mu     sync.Mutex // guards what follows, and store.refs
 	stores map[string]*store
@@ -127,6 +146,7 @@ func New(dir string, o Options) (*Cache, error) {
 		options: o,
 		root:    root,
 		fetches: semaphore.NewWeighted(int64(o.MaxFetches)),
+		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
 		stores:  make(map[string]*store),
 		blobs:   make(map[*Blob]struct{}),
 	}

@@ -6,24 +6,39 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"sync/atomic"
+	"time"
 )
 
 // A flight is one Fetch and the reading of its body.
 type flight struct {
 	blob       *Blob
 	first, end int64 // the chunks it asks for; end goes up when it turns out to be the stream
-	receiving  bool  // its body is being read: nobody takes its chunks over any more. Guarded by store.mu
+	demanded   int64 // the chunks before this one are waited for, those from here on are fetched ahead
+	ahead      bool  // it has a slot for what it fetches ahead
+	turn       bool  // it has a slot for what is waited for
+	receiving  bool  // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
 	ranged     bool  // the body began where it was asked to
 	unkept     bool  // the disk did not take a chunk
+	troubled   bool  // it failed, or was not kept
+	// heard is when the last byte came or, before the first one, when it began.
+	heard atomic.Int64
 }
+
+func (b *Blob) newFlight(chunk int64) *flight {
+	f := &flight{blob: b, first: chunk, end: chunk, demanded: chunk}
+	f.heard.Store(time.Now().UnixNano())
+	return f
+}
+
+func (f *flight) quiet() bool { return time.Since(time.Unix(0, f.heard.Load())) > quiet }
 
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
 // are nil. Runs of absent chunks become flights, and never does a chunk have two.
 func (b *Blob) want(first, end int64) ([]*pending, error) {
 	s := b.store
 	wanted := make([]*pending, end-first)
-	perFlight := s.cache.options.MaxSpan / s.chunkSize
 	var begun []*flight
 
 	s.mu.Lock()
@@ -31,33 +46,47 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 	if b.closed.Load() {
 		return nil, b.closedError()
 	}
+	news := end     // the first chunk that nobody has asked for before
 	var run *flight // to which an absent chunk right behind the last one is added
 	for c := first; c < end; c++ {
-		if s.present.has(c) {
+		pend := s.inflight[c]
+		if s.read(c) || pend == nil && !s.present.has(c) {
+			news = min(news, c)
+		}
+		switch {
+		case s.present.has(c):
 			run = nil
 			continue
-		}
-		pend := s.inflight[c]
-		switch {
-		case pend != nil:
+		case pend != nil && !(pend.ahead && pend.flight.quiet()):
 			run = nil
-		case s.stream != nil && c >= s.streamNext:
+		case pend == nil && s.stream != nil && c >= s.streamNext:
 			run = nil
 			pend = s.claim(c, s.stream)
 		default:
-			if run == nil || c-run.first == perFlight {
-				run = &flight{blob: b, first: c}
+			if run == nil || c-run.first == s.perFlight() {
+				run = b.newFlight(c)
 				begun = append(begun, run)
 			}
-			run.end = c + 1
-			pend = s.claim(c, run)
+			run.end, run.demanded = c+1, c+1
+			if pend == nil {
+				pend = s.claim(c, run)
+			}
+			pend.flight, pend.ahead = run, false
 		}
 		wanted[c-first] = pend
 	}
+	if news < end {
+		begun = b.readAhead(news, end, begun)
+	}
+	b.start(begun)
+	return wanted, nil
+}
+
+// start lets flights go. The caller holds s.mu, and has seen that b is not closed.
+func (b *Blob) start(begun []*flight) {
 	for _, f := range begun {
 		b.flights.Go(f.run)
 	}
-	return wanted, nil
 }
 
 // claim puts an absent chunk in flight. The caller holds s.mu.
@@ -71,47 +100,74 @@ func (s *store) claim(chunk int64, f *flight) *pending {
 func (f *flight) run() {
 	b := f.blob
 	err := f.fly()
+	f.troubled = err != nil || f.unkept
 	switch {
 	case err == nil:
 		err = io.ErrUnexpectedEOF // nothing is left undone without an error; should it be, no reader takes a hole for data
 	case b.ctx.Err() != nil:
-		err = errAbandoned
+		err, f.troubled = errAbandoned, false
 	default:
-		b.store.cache.options.Logger.Warn("fetch failed", "blob", b.store.digest, "error", err)
+		level := slog.LevelWarn
+		if f.demanded == f.first {
+			level = slog.LevelDebug // whoever wants it will fetch it, and say so if that fails
+		}
+		b.store.cache.options.Logger.Log(b.ctx, level, "fetch failed", "blob", b.store.digest, "error", err)
 	}
 	f.land(err)
 }
 
-// land returns to absent what f was to bring and did not, and tells those who wait.
+// land returns to absent what f was to bring and did not, and tells those who wait. Who came upon a chunk that was
+// fetched ahead has it fetched again, unless the wait was about as long as it would be then.
 func (f *flight) land(err error) {
 	s := f.blob.store
+	shared := f.quiet()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stream == f {
 		s.stream = nil
 	}
+	s.troubled = f.troubled
 	for c, pend := range s.inflight {
-		if pend.flight == f {
-			delete(s.inflight, c)
-			pend.err = err
-			close(pend.done)
+		switch {
+		case pend.flight != f:
+		case pend.ahead && !shared:
+			s.drop(c, pend, errAbandoned)
+		default:
+			s.drop(c, pend, err)
 		}
 	}
+}
+
+// drop makes a chunk in flight absent. The caller holds s.mu.
+func (s *store) drop(chunk int64, pend *pending, err error) {
+	delete(s.inflight, chunk)
+	s.fresh.clear(chunk)
+	pend.err = err
+	close(pend.done)
 }
 
 // fly fetches and publishes. Chunks that f owes when it returns were not brought.
 func (f *flight) fly() error {
 	b, s := f.blob, f.blob.store
-	if err := s.cache.fetches.Acquire(b.ctx, 1); err != nil {
-		return err
+	if f.ahead {
+		defer s.cache.ahead.Release(1)
 	}
-	defer s.cache.fetches.Release(1)
+	if f.demanded > f.first {
+		if err := s.cache.fetches.Acquire(b.ctx, 1); err != nil {
+			return err
+		}
+		f.turn = true
+		defer f.endTurn()
+	}
 	if !f.owes() {
 		return nil // a stream took all of it over while f waited for its turn
 	}
 	off := f.first * s.chunkSize
 	n := min(f.end*s.chunkSize, s.size) - off
 	s.counters.fetches.Add(1)
+	if !f.turn {
+		s.counters.fetchesAhead.Add(1)
+	}
 	body, start, total, err := b.fetcher.Fetch(b.ctx, off, n)
 	if err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: %w", n, off, err)
@@ -129,6 +185,14 @@ func (f *flight) fly() error {
 	return nil
 }
 
+// endTurn lets another demand begin, when no more of f's is outstanding.
+func (f *flight) endTurn() {
+	if f.turn {
+		f.turn = false
+		f.blob.store.cache.fetches.Release(1)
+	}
+}
+
 // receive publishes the chunks of the body as each becomes whole.
 func (f *flight) receive(body io.Reader, start int64) error {
 	s := f.blob.store
@@ -137,7 +201,7 @@ func (f *flight) receive(body io.Reader, start int64) error {
 	}
 	buffer := s.cache.buffers.Get().(*[]byte)
 	defer s.cache.buffers.Put(buffer)
-	r := bufio.NewReader(countingReader{body, &s.counters.bytesFetched})
+	r := bufio.NewReader(flightReader{body, f})
 
 	chunk := (start + s.chunkSize - 1) / s.chunkSize
 	if _, err := r.Discard(int(chunk*s.chunkSize - start)); err != nil {
@@ -148,6 +212,9 @@ func (f *flight) receive(body io.Reader, start int64) error {
 			if more, err := f.goesOn(r); !more {
 				return err
 			}
+		}
+		if f.ahead && chunk >= f.demanded {
+			f.endTurn()
 		}
 		pend, more := f.take(chunk)
 		if !more {
@@ -214,23 +281,28 @@ func (f *flight) goesOn(r *bufio.Reader) (bool, error) {
 // makeStream lets f read to the end of the blob, next being the first chunk to come, and gives it those of the later
 // chunks for which no other flight has begun to receive. The caller holds s.mu.
 func (s *store) makeStream(f *flight, next int64) {
+	s.whole = true
 	s.stream, s.streamNext = f, next
 	f.end = s.chunks
 	for c, pend := range s.inflight {
 		if c >= next && !pend.flight.receiving {
-			pend.flight = f
+			pend.flight, pend.ahead = f, false
 		}
 	}
 }
 
 // take decides about the chunk that comes next: whom it is for, or nil if it is to be dropped, since it is here
 // already or another flight is bringing it. It answers false if the rest of the body is of no use: where the disk
-// keeps nothing, a stream goes on only as long as somebody waits for what it will bring.
+// keeps nothing, a flight goes on only as long as somebody waits for what it will bring, and one that was quiet only
+// as long as readers have left something to it.
 func (f *flight) take(chunk int64) (*pending, bool) {
 	s := f.blob.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if f.unkept && !s.owed(f) {
+	if f.unkept {
+		s.forgo(f)
+	}
+	if (f.unkept || f.ahead && s.stream != f) && !s.owed(f) {
 		if s.stream == f {
 			s.stream = nil
 		}
@@ -256,19 +328,27 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	_, err := s.file.WriteAt(data, chunk*s.chunkSize)
 	if err != nil {
 		f.unkept = true
-		pend.data = bytes.Clone(data)
 		s.cache.unkept.Do(func() {
 			s.cache.options.Logger.Warn("the cache cannot keep what was fetched; reads go on without it",
 				"directory", s.cache.root.Name(), "error", err)
 		})
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight[chunk] != pend {
+		return // a reader had it fetched anew while f was quiet, and has it by now
+	}
 	if err == nil {
 		s.present.set(chunk)
 		s.counters.chunksPresent.Add(1)
+	} else {
+		pend.data = bytes.Clone(data)
+		s.fresh.clear(chunk)
+	}
+	if pend.ahead {
+		s.counters.bytesAhead.Add(int64(len(data)))
 	}
 	delete(s.inflight, chunk)
-	s.mu.Unlock()
 	close(pend.done)
 }
 
@@ -288,13 +368,17 @@ func (s *store) owed(f *flight) bool {
 	return false
 }
 
-type countingReader struct {
-	r io.Reader
-	n *atomic.Int64
+// A flightReader counts what comes, and when.
+type flightReader struct {
+	io.Reader
+	flight *flight
 }
 
-func (c countingReader) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n.Add(int64(n))
+func (r flightReader) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if n > 0 {
+		r.flight.heard.Store(time.Now().UnixNano())
+		r.flight.blob.store.counters.bytesFetched.Add(int64(n))
+	}
 	return n, err
 }

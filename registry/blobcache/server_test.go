@@ -176,10 +176,13 @@ func openBlob(t testing.TB, c *Cache, s *server) *Blob {
 	return b
 }
 
-// open is a blob in a cache of its own with chunks of cs.
+// open is a blob in a cache of its own with chunks of cs, where nothing is fetched ahead unless the options say so.
 func open(t testing.TB, s *server, o Options) *Blob {
 	t.Helper()
 	o.ChunkSize = cs
+	if o.Readahead == 0 {
+		o.Readahead = -1
+	}
 	return openBlob(t, openCache(t, o), s)
 }
 

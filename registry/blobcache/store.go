@@ -27,24 +27,32 @@ type store struct {
 	// still take in as it passes.
 	stream     *flight
 	streamNext int64
+	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
+	fresh    bitmap
+	guesser  guesser
+	troubled bool // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
+	whole    bool // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
 }
 
 // A pending is one chunk in flight.
 type pending struct {
 	flight *flight       // that brings it
+	ahead  bool          // nobody had asked for it when it was claimed; flight and ahead are guarded by store.mu
 	done   chan struct{} // closed when the chunk is there or failed; what follows does not change after that
 	err    error
 	data   []byte // the chunk, where the disk could not keep it
 }
 
 type counters struct {
-	fetches, bytesFetched, bytesServed, hits, misses, chunksPresent atomic.Int64
+	fetches, fetchesAhead, bytesFetched, bytesAhead, bytesServed, hits, misses, chunksPresent atomic.Int64
 }
 
 // Stats counts what the blobs of one digest did since the first of them was opened.
 type Stats struct {
 	Fetches      int64 // calls of Fetch
+	FetchesAhead int64 // those of them that nobody waited for when they began
 	BytesFetched int64 // read from bodies, dropped ones included
+	BytesAhead   int64 // those of them that nobody waited for when they were asked for
 	BytesServed  int64 // copied to readers by reads that succeeded
 	Hits         int64 // reads that found all they wanted present
 	Misses       int64 // reads that had to wait
@@ -59,7 +67,7 @@ func newStore(c *Cache, digest string, size int64) (*store, error) {
 	}
 	cs := c.options.ChunkSize
 	chunks := (size + cs - 1) / cs
-	return &store{
+	s := &store{
 		cache:     c,
 		digest:    digest,
 		size:      size,
@@ -68,8 +76,14 @@ func newStore(c *Cache, digest string, size int64) (*store, error) {
 		file:      file,
 		present:   make(bitmap, (chunks+63)/64),
 		inflight:  make(map[int64]*pending),
-	}, nil
+		fresh:     make(bitmap, (chunks+63)/64),
+	}
+	s.guesser = newGuesser(chunks, max(c.options.Readahead, 0)/cs, s.wasRead)
+	return s, nil
 }
+
+// perFlight is how many chunks one Fetch asks for at most.
+func (s *store) perFlight() int64 { return s.cache.options.MaxSpan / s.chunkSize }
 
 // span gives the chunks [first, end) that n > 0 bytes from off lie in.
 func (s *store) span(off int64, n int) (first, end int64) {
@@ -119,7 +133,9 @@ func (s *store) pread(p []byte, off int64) error {
 func (s *store) stats() Stats {
 	return Stats{
 		Fetches:       s.counters.fetches.Load(),
+		FetchesAhead:  s.counters.fetchesAhead.Load(),
 		BytesFetched:  s.counters.bytesFetched.Load(),
+		BytesAhead:    s.counters.bytesAhead.Load(),
 		BytesServed:   s.counters.bytesServed.Load(),
 		Hits:          s.counters.hits.Load(),
 		Misses:        s.counters.misses.Load(),
@@ -128,12 +144,26 @@ func (s *store) stats() Stats {
 	}
 }
 
-// A bitmap is read without a lock; a set bit stays set.
+// A bitmap is read without a lock.
 type bitmap []atomic.Uint64
 
 func (m bitmap) has(i int64) bool { return m[i/64].Load()>>(i%64)&1 != 0 }
 
 func (m bitmap) set(i int64) { m[i/64].Or(1 << (i % 64)) }
+
+func (m bitmap) clear(i int64) { m[i/64].And(^(1 << (i % 64))) }
+
+// any says whether a bit of [first, end) is set.
+func (m bitmap) any(first, end int64) bool {
+	for first < end {
+		n := min(64-first%64, end-first)
+		if m[first/64].Load()&(^uint64(0)>>(64-n)<<(first%64)) != 0 {
+			return true
+		}
+		first += n
+	}
+	return false
+}
 
 // all says whether every bit of [first, end) is set.
 func (m bitmap) all(first, end int64) bool {
