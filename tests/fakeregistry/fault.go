@@ -93,7 +93,7 @@ func (a *answer) Write(p []byte) (int, error) {
 			n = int(min(int64(n), a.left))
 			a.left -= int64(n)
 		}
-		a.pause(a.link.take(n))
+		a.pause(a.link.take(time.Now(), n))
 		a.entry.sent(int64(n))
 		m, err := a.w.Write(p[:n])
 		written += m

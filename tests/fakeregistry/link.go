@@ -5,6 +5,11 @@ import (
 	"time"
 )
 
+// catchUp is how long a link may have been idle and still count as busy. Who
+// sends wakes up a little after its bytes are through; a real link has more of
+// them in its queue by then and loses nothing.
+const catchUp = 5 * time.Millisecond
+
 // A link shares a number of bytes a second among all who send.
 type link struct {
 	bytesPerSecond int64 // 0: no limit
@@ -15,17 +20,17 @@ type link struct {
 
 func newLink(bytesPerSecond int64) *link { return &link{bytesPerSecond: bytesPerSecond} }
 
-// take books n bytes and returns how long it takes until they are through.
-func (l *link) take(n int) time.Duration {
+// take books n bytes at the time now and returns how long it takes until they
+// are through.
+func (l *link) take(now time.Time, n int) time.Duration {
 	if l.bytesPerSecond <= 0 {
 		return 0
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := time.Now()
-	if l.free.Before(now) {
+	if now.Sub(l.free) > catchUp {
 		l.free = now
 	}
 	l.free = l.free.Add(time.Duration(float64(n) / float64(l.bytesPerSecond) * float64(time.Second)))
-	return l.free.Sub(now)
+	return max(l.free.Sub(now), 0)
 }

@@ -69,6 +69,12 @@ func (s *store) blob(repo string, d digest.Digest) *blob {
 	return s.blobs[blobKey{repo, d.String()}]
 }
 
+func (s *store) putBlob(repo string, d digest.Digest, b *blob) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.blobs[blobKey{repo, d.String()}] = b
+}
+
 // manifest finds by tag or by digest.
 func (s *store) manifest(repo, name string) (manifest, digest.Digest, bool) {
 	s.mu.Lock()
