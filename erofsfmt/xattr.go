@@ -188,12 +188,18 @@ func (im *Image) sharedXattr(ctx context.Context, m *metaReader, id place) (*xat
 	if err != nil {
 		return nil, err
 	}
-	at := place{0, int64(im.sb.XattrBlkaddr)<<im.sb.BlockBits + int64(binary.LittleEndian.Uint32(b))*4}
+	at := im.sharedXattrAt(binary.LittleEndian.Uint32(b))
+	x, _, err := im.xattrAt(ctx, m, at)
+	return x, err
+}
+
+// sharedXattrAt is where the shared entry of an id is.
+func (im *Image) sharedXattrAt(id uint32) place {
+	at := place{0, int64(im.sb.XattrBlkaddr)<<im.sb.BlockBits + int64(id)*4}
 	if im.sb.compat(ondisk.CompatSharedEAInMetabox) {
 		at.src = inMetabox
 	}
-	x, _, err := im.xattrAt(ctx, m, at)
-	return x, err
+	return at
 }
 
 // xattrAt reads the entry at a place and says how many bytes it has. The entry is

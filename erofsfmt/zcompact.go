@@ -45,9 +45,9 @@ func (m *mapper) compactPack(ctx context.Context, lcn int64) (p zpack, i int, en
 		return p, 0, end, m.z.start.corrupt("lcluster %d of %d", lcn, total)
 	}
 	lead := (ondisk.CompactPackAlign - m.z.start.off%ondisk.CompactPackAlign) / 4 & 7
-	short := int64(0) // lclusters in 2 byte packs
-	if m.z.is(ondisk.AdviseCompacted2B) && lead < total {
-		short = (total - lead) &^ (ondisk.CompactPackCount2 - 1)
+	short := int64(0) // lclusters in 2 byte packs, which are counted as if an lcluster were a block
+	if blocks := (m.ino.Size + m.im.sb.BlockSize() - 1) >> m.im.sb.BlockBits; m.z.is(ondisk.AdviseCompacted2B) && lead < blocks {
+		short = (blocks - lead) &^ (ondisk.CompactPackCount2 - 1)
 	}
 	at := m.z.start
 	width := int64(4)

@@ -2,8 +2,6 @@ package erofsfmt
 
 import (
 	"context"
-	"errors"
-	"io"
 	"reflect"
 	"testing"
 
@@ -217,7 +215,7 @@ var extentTests = []struct {
 			pack(16, 12, 13, nonhead(cblk|2), head(0)), // the pcluster at 13 began in the pack before and is counted here: 15
 			pack(14, 12, 15,
 				nonhead(cblk|4), nonhead(2), nonhead(3), head(9), nonhead(cblk|2), head(10), nonhead(cblk|1), nonhead(2), nonhead(3), nonhead(4),
-				nonhead(5), nonhead(6), nonhead(7), nonhead(8), head(0), nonhead(1))),
+				nonhead(5), nonhead(6), nonhead(7), nonhead(8), head(0), nonhead(cblk|1))),
 		want: map[int64]extent{
 			0: enc(0, 2*k4, 10*k4, 2*k4, 0), 2 * k4: enc(2*k4, k4, 12*k4, k4, 0), 4 * k4: enc(3*k4, 2*k4, 13*k4, 2*k4, 0),
 			// The last pack begins with the count of the pcluster of lcluster 5.
@@ -287,76 +285,6 @@ func TestExtentAt(t *testing.T) {
 				} else if !reflect.DeepEqual(got, want) {
 					t.Errorf("byte %d: %+v\nwant %+v", off, got, want)
 				}
-			}
-		})
-	}
-}
-
-// What the kernel refuses, by its reasons.
-func TestExtentAtRefuses(t *testing.T) {
-	entries := func(advise uint16, algs, bits uint8, vs ...any) []byte {
-		return join(mapHeader(full, 0, advise, algs, bits), le(vs...))
-	}
-	one := []any{fHead1, uint16(0), uint32(1)}
-	for _, c := range []struct {
-		name   string
-		layout int
-		size   uint64
-		big    bool // the image announces big pclusters
-		body   []byte
-		off    int64
-		want   error
-	}{
-		{"inline data across a block", ondisk.LayoutInline, 3000, false, nil, 0, ErrCorrupt},
-		{"chunk table past the end", ondisk.LayoutChunk, 1 << 40, false, nil, 1<<40 - 1, io.ErrUnexpectedEOF},
-		{"index past the end", full, 1 << 40, false, entries(0, 0, 0), 1<<40 - 1, io.ErrUnexpectedEOF},
-		{"head inside lcluster 0", full, k4, false, entries(0, 0, 0, fHead1, uint16(9), uint32(1)), 0, ErrCorrupt},
-		{"head past its lcluster", full, k4, false, entries(0, 0, 0, fHead1, uint16(4096), uint32(1)), 0, ErrCorrupt},
-		{"distance 0", full, 2 * k4, false, entries(0, 0, 0, fHead1, uint16(0), uint32(1), fNonhead, uint16(0), uint16(0), uint16(1)), k4, ErrCorrupt},
-		{"distance 0 on the way", full, 3 * k4, false,
-			entries(0, 0, 0, fHead1, uint16(0), uint32(1), fNonhead, uint16(0), uint16(0), uint16(1), fNonhead, uint16(0), uint16(1), uint16(1)), 2 * k4, ErrCorrupt},
-		{"distance beyond the beginning", full, 2 * k4, false,
-			entries(0, 0, 0, fHead1, uint16(0), uint32(1), fNonhead, uint16(0), uint16(2), uint16(1)), k4, ErrCorrupt},
-		{"block count without big pclusters", full, 2 * k4, false,
-			entries(0, 0, 0, fHead1, uint16(0), uint32(1), fNonhead, uint16(0), uint16(cblk|1), uint16(1)), k4, ErrCorrupt},
-		{"distance 2 after a big head", full, 2 * k4, true,
-			entries(ondisk.AdviseBigPcluster1, 0, 0, fHead1, uint16(0), uint32(1), fNonhead, uint16(0), uint16(2), uint16(1)), 0, ErrCorrupt},
-		{"big pclusters not announced", full, k4, false, entries(ondisk.AdviseBigPcluster1, 0, 0, one...), 0, ErrCorrupt},
-		{"compact with one big head", compact, k4, true, mapHeader(compact, 0, ondisk.AdviseBigPcluster1, 0, 0), 0, ErrCorrupt},
-		{"compact pack that counts nothing", compact, 2 * k4, true,
-			join(mapHeader(compact, 0, ondisk.AdviseBigPcluster1|ondisk.AdviseBigPcluster2, 0, 0), pack(16, 12, 1, nonhead(1), head(0))), k4, ErrCorrupt},
-		{"compact block count without big pclusters", compact, 2 * k4, false,
-			join(mapHeader(compact, 0, 0, 0, 0), pack(16, 12, 1, head(0), nonhead(cblk|1))), k4, ErrCorrupt},
-		{"lclusters too large for a compact index", compact, k4, false, mapHeader(compact, 0, 0, 0, 3), 0, ErrUnsupported},
-		{"algorithm not announced", full, k4, false, entries(0, ondisk.AlgZstd, 0, one...), 0, ErrCorrupt},
-		{"algorithm 9", full, k4, false, entries(0, 9, 0, one...), 0, ErrUnsupported},
-		{"too little plain data", full, 2 * k4, false,
-			entries(0, 0, 0, fPlain, uint16(0), uint32(1), fNonhead, uint16(0), uint16(1), uint16(1)), 0, ErrCorrupt},
-		{"compressed to more", full, 3 * k4, false, entries(0, 0, 0,
-			fHead1, uint16(0), uint32(1), fHead1, uint16(1), uint32(2), fHead1, uint16(0), uint32(3)), k4 + 1, ErrCorrupt},
-		{"inline pcluster across a block", full, k4, false,
-			join(mapHeader(full, 4000<<16, ondisk.AdviseInline, 0, 0), le(one...)), 0, ErrCorrupt},
-		{"no record", full, k4, false, entries(ondisk.AdviseExtents|2<<1, 0, 0), 0, ErrCorrupt},
-		{"pcluster of 2 MiB", full, 1 << 24, false, entries(ondisk.AdviseExtents|1<<1, 0, 11, uint32(1<<28|0x1fffff), uint32(0)), 0, ErrUnsupported},
-		{"extent of 16 MiB", full, 1 << 24, false, entries(ondisk.AdviseExtents|1<<1, 0, 12, uint32(1<<28|5), uint32(0)), 0, ErrUnsupported},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			f := newFake(c.layout, c.size)
-			f.super.FeatureIncompat, f.super.ComprAlgs = ondisk.IncompatLz4ZeroPadding, 1<<ondisk.AlgLz4
-			if c.big {
-				f.super.FeatureIncompat |= ondisk.IncompatBigPcluster
-				f.more[ondisk.SuperOffset+ondisk.SuperSize] = le(uint16(14), [14]byte{})
-			}
-			f.body = c.body
-			im, ino := f.open(t, Options{})
-			m := im.mapper(ino)
-			e, err := m.extentAt(context.Background(), c.off)
-			if !errors.Is(err, c.want) {
-				t.Errorf("%+v, %v; want %v", e, err, c.want)
-			}
-			var fe *FormatError
-			if !errors.As(err, &fe) {
-				t.Errorf("%T is not a FormatError", err)
 			}
 		})
 	}

@@ -84,3 +84,23 @@ func (d XattrHeader) Append(b []byte) []byte {
 func (d XattrEntry) Append(b []byte) []byte {
 	return le.AppendUint16(append(b, d.NameLen, d.NameIndex), d.ValueSize)
 }
+
+// Append writes the header behind b.
+func (d MapHeader) Append(b []byte) []byte {
+	b = le.AppendUint32(b, d.Lo)
+	return append(le.AppendUint16(b, d.Advise), d.AlgorithmType, d.ClusterBits)
+}
+
+// Append writes the entry behind b.
+func (d LclusterIndex) Append(b []byte) []byte {
+	b = le.AppendUint16(b, d.Advise)
+	b = le.AppendUint16(b, d.ClusterOfs)
+	return le.AppendUint32(b, d.U)
+}
+
+// Append writes the entry behind b.
+func (d ChunkIndex) Append(b []byte) []byte {
+	b = le.AppendUint16(b, d.StartBlkHi)
+	b = le.AppendUint16(b, d.DeviceID)
+	return le.AppendUint32(b, d.StartBlkLo)
+}

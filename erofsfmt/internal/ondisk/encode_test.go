@@ -24,8 +24,11 @@ func TestEncodersMatchStructures(t *testing.T) {
 		dirent   Dirent
 		header   XattrHeader
 		entry    XattrEntry
+		mapHead  MapHeader
+		lcluster LclusterIndex
+		chunk    ChunkIndex
 	)
-	for _, v := range []any{&super, &compact, &extended, &dirent, &header, &entry} {
+	for _, v := range []any{&super, &compact, &extended, &dirent, &header, &entry, &mapHead, &lcluster, &chunk} {
 		fill(v)
 	}
 	short := super
@@ -46,6 +49,9 @@ func TestEncodersMatchStructures(t *testing.T) {
 		{"dirent", dirent.Append(prefix), raw[:DirentSize]},
 		{"xattr header", header.Append(prefix), raw[:XattrHeaderSize]},
 		{"xattr entry", entry.Append(prefix), raw[:XattrEntrySize]},
+		{"map header", mapHead.Append(prefix), raw[:MapHeaderSize]},
+		{"lcluster index", lcluster.Append(prefix), raw[:LclusterIndexSize]},
+		{"chunk index", chunk.Append(prefix), raw[:ChunkIndexSize]},
 	} {
 		if !bytes.Equal(c.got, append(bytes.Clone(prefix), c.want...)) {
 			t.Errorf("%s: %x, want %x", c.name, c.got, c.want)
