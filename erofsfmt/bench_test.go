@@ -67,3 +67,63 @@ func BenchmarkReadFile(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkDecode reads whole files of which nothing is remembered.
+func BenchmarkDecode(b *testing.B) {
+	for _, name := range []string{"plain", "lz4", "lz4hc-64k", "zstd-64k", "deflate-64k", "lzma"} {
+		b.Run(name, func(b *testing.B) {
+			im, err := OpenWith(context.Background(), memory(corpus.Get(b, name).Data), Options{CacheBytes: -1})
+			if err != nil {
+				b.Fatal(err)
+			}
+			ino := find(b, im, "mixed", "half")
+			p := make([]byte, ino.Size)
+			b.SetBytes(ino.Size)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := im.ReadFile(context.Background(), ino, p, 0); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// TestAllocations: what a FUSE server does for each request allocates nothing where
+// the image remembers what it needs, or next to nothing where it has to decode.
+func TestAllocations(t *testing.T) {
+	ctx := context.Background()
+	for _, name := range []string{"plain", "chunked", "lz4", "lz4hc-64k", "zstd-64k", "deflate-64k", "lzma", "lz4-frag"} {
+		im := openCorpus(t, corpus.Get(t, name))
+		ino, dir, small := find(t, im, "mixed", "half"), find(t, im, "bigdir"), find(t, im, "bigdir", "0080")
+		p := make([]byte, ino.Size)
+		entries := 0.0
+		if err := im.ReadDir(ctx, dir, 0, func(Dirent) bool { entries++; return true }); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range []struct {
+			name string
+			most float64
+			do   func() error
+		}{
+			{"read 4 KiB", 0, func() error { return im.ReadFile(ctx, ino, p[:4096], 8192) }},
+			{"read 4 KiB elsewhere", 0, func() error { return im.ReadFile(ctx, ino, p[:4096], ino.Size/2) }},
+			// Goroutines that help with decoding are the rest.
+			{"read all", 16, func() error { return im.ReadFile(ctx, ino, p, 0) }},
+			{"inode", 0, func() error { _, err := im.Inode(ctx, small.Nid); return err }},
+			{"lookup", 0, func() error { _, err := im.Lookup(ctx, dir, "0080"); return err }},
+			{"list, an allocation for each name", entries, func() error {
+				return im.ReadDir(ctx, dir, 0, func(Dirent) bool { return true })
+			}},
+		} {
+			got := testing.AllocsPerRun(100, func() {
+				if err := c.do(); err != nil {
+					t.Fatal(err)
+				}
+			})
+			if got > c.most {
+				t.Errorf("%s: %s: %v allocations, at most %v", name, c.name, got, c.most)
+			}
+		}
+	}
+}

@@ -15,9 +15,12 @@ func TestCacheLimit(t *testing.T) {
 	ctx := context.Background()
 	fill := func(n int64) bool {
 		made := false
-		data, err := c.fill(ctx, key(n), 1, func() ([]byte, error) { made = true; return bytes.Repeat([]byte{byte(n)}, 1000), nil })
-		if err != nil || len(data) != 1000 || data[0] != byte(n) {
-			t.Fatalf("%d bytes, %v", len(data), err)
+		b, err := c.fill(ctx, key(n), 1, func() (*block, error) {
+			made = true
+			return &block{data: bytes.Repeat([]byte{byte(n)}, 1000)}, nil
+		})
+		if err != nil || len(b.data) != 1000 || b.data[0] != byte(n) {
+			t.Fatalf("%v", err)
 		}
 		return made
 	}
@@ -39,7 +42,7 @@ func TestCacheLimit(t *testing.T) {
 	if c.used != c.limit || len(c.entries) != 10 {
 		t.Errorf("%d bytes in %d entries, want %d in 10", c.used, len(c.entries), c.limit)
 	}
-	if _, err := c.fill(ctx, key(99), 1, func() ([]byte, error) { return make([]byte, 1<<20), nil }); err != nil {
+	if _, err := c.fill(ctx, key(99), 1, func() (*block, error) { return &block{data: make([]byte, 1<<20)}, nil }); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := c.get(key(99), 1); ok || len(c.entries) != 10 {
@@ -51,13 +54,13 @@ func TestCacheLimit(t *testing.T) {
 func TestCacheGrows(t *testing.T) {
 	c := newCache(1 << 20)
 	for _, n := range []int64{10, 100, 50} {
-		data, err := c.fill(context.Background(), key(1), n, func() ([]byte, error) { return make([]byte, n), nil })
-		if err != nil || int64(len(data)) < n {
-			t.Fatalf("%d bytes for %d, %v", len(data), n, err)
+		b, err := c.fill(context.Background(), key(1), n, func() (*block, error) { return &block{data: make([]byte, n)}, nil })
+		if err != nil || int64(len(b.data)) < n {
+			t.Fatalf("too few bytes for %d, %v", n, err)
 		}
 	}
-	if data, ok := c.get(key(1), 100); !ok || len(data) != 100 || len(c.entries) != 1 {
-		t.Errorf("%d bytes, %v, %d entries", len(data), ok, len(c.entries))
+	if b, ok := c.get(key(1), 100); !ok || len(b.data) != 100 || len(c.entries) != 1 {
+		t.Errorf("%v, %d entries", ok, len(c.entries))
 	}
 }
 
@@ -69,7 +72,7 @@ func TestCacheFlights(t *testing.T) {
 	began, release := make(chan struct{}), make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		_, err := c.fill(context.Background(), key(1), 1, func() ([]byte, error) { close(began); <-release; return nil, bad })
+		_, err := c.fill(context.Background(), key(1), 1, func() (*block, error) { close(began); <-release; return nil, bad })
 		if err != bad {
 			t.Errorf("the leader: %v", err)
 		}
@@ -83,9 +86,9 @@ func TestCacheFlights(t *testing.T) {
 	made := 0 // written by one leader at a time
 	for range 4 {
 		wg.Go(func() {
-			data, err := c.fill(context.Background(), key(1), 1, func() ([]byte, error) { made++; return []byte{1}, nil })
-			if err != nil || len(data) != 1 {
-				t.Errorf("a waiter: %d bytes, %v", len(data), err)
+			b, err := c.fill(context.Background(), key(1), 1, func() (*block, error) { made++; return &block{data: []byte{1}}, nil })
+			if err != nil || len(b.data) != 1 {
+				t.Errorf("a waiter: %v", err)
 			}
 		})
 	}

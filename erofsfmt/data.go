@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"sync"
+	"sync/atomic"
 
 	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
 )
@@ -37,6 +39,8 @@ type mapper struct {
 	meta metaReader
 	z    zindex
 	g    gather
+
+	surplus func(*Decoded) // as in ReadFileSurplus
 }
 
 // mapper lends a mapper; it goes back by release.
@@ -54,8 +58,9 @@ func (im *Image) mapper(ino *Inode) *mapper {
 // stay with it.
 func (m *mapper) release() {
 	clear(m.g.pieces) // of the caller's memory
-	m.ino, m.z = nil, zindex{}
-	m.g = gather{pieces: m.g.pieces[:0]}
+	clear(m.g.coming)
+	m.ino, m.z, m.surplus = nil, zindex{}, nil
+	m.g = gather{pieces: m.g.pieces[:0], coming: m.g.coming[:0]}
 	m.meta = metaReader{im: m.im, spill: m.meta.spill}
 	m.im.mappers.Put(m)
 }
@@ -145,6 +150,24 @@ func (m *mapper) chunkAt(ctx context.Context, off int64) (extent, error) {
 // ReadFile fills all of p with the file's bytes from off, or returns an error.
 // Bytes past ino.Size are not there to be read: asking for them is an error.
 func (im *Image) ReadFile(ctx context.Context, ino *Inode, p []byte, off int64) error {
+	return im.ReadFileSurplus(ctx, ino, p, off, nil)
+}
+
+// A Decoded is a run of a file's bytes that had to be decoded for a read.
+type Decoded struct {
+	Off  int64  // in the file
+	Data []byte // which others may read, too
+	b    *block
+}
+
+// Release says that nobody looks at Data any more.
+func (d *Decoded) Release() { d.b.release() }
+
+// ReadFileSurplus is ReadFile for who has use for what is decoded beside p: surplus
+// gets each extent of which p is only a part, unless it was remembered, and is to
+// have it released. It may be called by several goroutines, before
+// ReadFileSurplus returns.
+func (im *Image) ReadFileSurplus(ctx context.Context, ino *Inode, p []byte, off int64, surplus func(*Decoded)) error {
 	switch ino.Mode & modeType {
 	case modeReg, modeDir, modeLnk:
 	default:
@@ -155,6 +178,7 @@ func (im *Image) ReadFile(ctx context.Context, ino *Inode, p []byte, off int64) 
 	}
 	m := im.mapper(ino)
 	defer m.release()
+	m.surplus = surplus
 	if err := m.read(ctx, p, off); err != nil {
 		return fmt.Errorf("nid %d: %w", uint64(ino.Nid), err)
 	}
@@ -176,7 +200,7 @@ func (m *mapper) read(ctx context.Context, p []byte, off int64) error {
 		case stored:
 			err = m.addStored(ctx, e.at.plus(skip), p[done:done+n])
 		case encoded:
-			err = m.addEncoded(ctx, piece{extent: e, skip: skip, dst: p[done : done+n]})
+			err = m.addEncoded(ctx, piece{extent: e, skip: skip, dst: p[done : done+n], surplus: m.surplus})
 		}
 		if err != nil {
 			return err
@@ -186,7 +210,7 @@ func (m *mapper) read(ctx context.Context, p []byte, off int64) error {
 	if err := m.flushStored(ctx); err != nil {
 		return err
 	}
-	return m.flushEncoded(ctx)
+	return m.finishEncoded(ctx)
 }
 
 // A gather joins what is contiguous on the source into one read: chunks that
@@ -197,14 +221,24 @@ type gather struct {
 
 	pieces []piece // encoded, contiguous on the source
 	encLen int64
+	coming []piece // that others are decoding
 }
 
 // A piece is the part of an encoded extent that is wanted: len(dst) bytes after
-// the first skip.
+// the first skip. A nil dst means that all of it is to be remembered.
 type piece struct {
 	extent
-	skip int64
-	dst  []byte
+	skip    int64
+	dst     []byte
+	surplus func(*Decoded)
+}
+
+// want is how many bytes of the extent must be there.
+func (pc *piece) want() int64 {
+	if pc.dst == nil {
+		return pc.llen
+	}
+	return pc.skip + int64(len(pc.dst))
 }
 
 func (pc *piece) whole() bool { return pc.skip == 0 && int64(len(pc.dst)) == pc.llen }
@@ -237,11 +271,17 @@ func (m *mapper) flushStored(ctx context.Context) error {
 
 // addEncoded has a piece decoded, or copies it if it is remembered.
 func (m *mapper) addEncoded(ctx context.Context, pc piece) error {
-	if data, ok := m.im.pclusters.get(pc.key(), pc.skip+int64(len(pc.dst))); ok {
-		copy(pc.dst, data[pc.skip:])
+	g := &m.g
+	b, coming := m.im.pclusters.look(pc.key(), pc.want())
+	if b != nil {
+		copy(pc.dst, b.data[pc.skip:])
+		b.release()
 		return nil
 	}
-	g := &m.g
+	if coming {
+		g.coming = append(g.coming, pc)
+		return nil
+	}
 	if n := len(g.pieces); n > 0 {
 		last := &g.pieces[n-1]
 		if last.at.plus(last.plen) != pc.at || g.encLen+pc.plen > ondisk.MaxPcluster {
@@ -255,6 +295,28 @@ func (m *mapper) addEncoded(ctx context.Context, pc piece) error {
 	return nil
 }
 
+// finishEncoded decodes what is gathered, then waits for what others decode.
+func (m *mapper) finishEncoded(ctx context.Context) error {
+	g := &m.g
+	if err := m.flushEncoded(ctx); err != nil {
+		return err
+	}
+	for n := len(g.coming); n > 0; n = len(g.coming) {
+		pc := g.coming[n-1]
+		g.coming = g.coming[:n-1]
+		if err := m.im.pclusters.wait(ctx, pc.key()); err != nil {
+			return err
+		}
+		if err := m.addEncoded(ctx, pc); err != nil {
+			return err
+		}
+		if err := m.flushEncoded(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // flushEncoded reads the gathered pclusters at once and decodes each.
 func (m *mapper) flushEncoded(ctx context.Context) error {
 	g := &m.g
@@ -263,20 +325,84 @@ func (m *mapper) flushEncoded(ctx context.Context) error {
 	}
 	buf := m.im.buffers.get(g.encLen)
 	defer m.im.buffers.put(buf)
-	in := *buf
-	if err := m.im.readPlace(ctx, in, g.pieces[0].at); err != nil {
+	if err := m.im.readPlace(ctx, *buf, g.pieces[0].at); err != nil {
 		return err
 	}
-	for i := range g.pieces {
-		pc := &g.pieces[i]
-		if err := m.im.decodePiece(ctx, pc, in[:pc.plen]); err != nil {
-			return err
-		}
-		in = in[pc.plen:]
+	if err := m.im.decodePieces(ctx, g.pieces, *buf); err != nil {
+		return err
 	}
 	clear(g.pieces)
 	g.pieces, g.encLen = g.pieces[:0], 0
 	return nil
+}
+
+// worthSharing is how many decoded bytes of each algorithm take about 100 µs:
+// less is not worth waking another processor for.
+var worthSharing = [ondisk.AlgCount]int64{
+	ondisk.AlgLz4: 256 << 10, ondisk.AlgZstd: 64 << 10, ondisk.AlgDeflate: 32 << 10, ondisk.AlgLzma: 8 << 10,
+}
+
+// decodePieces decodes contiguous pieces, which are in, on as many processors as
+// have nothing to do for the image and as it pays for.
+func (im *Image) decodePieces(ctx context.Context, pieces []piece, in []byte) error {
+	const unit = 256
+	work := int64(0) // unit is worth a processor
+	for i := range pieces {
+		work += pieces[i].llen * unit / worthSharing[pieces[i].alg]
+	}
+	helpers := 0
+	for want := min(int(work/unit), len(pieces)) - 1; helpers < want && im.takeProcessor(); {
+		helpers++
+	}
+	if helpers > 0 {
+		return im.share(ctx, helpers, pieces, in)
+	}
+	for i := range pieces {
+		if err := im.decodePiece(ctx, &pieces[i], in[:pieces[i].plen]); err != nil {
+			return err
+		}
+		in = in[pieces[i].plen:]
+	}
+	return nil
+}
+
+// takeProcessor says whether one more goroutine may decode.
+func (im *Image) takeProcessor() bool {
+	select {
+	case im.helpers <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+// share decodes pieces in this goroutine and in helpers, which are taken already,
+// and returns the first error.
+func (im *Image) share(ctx context.Context, helpers int, pieces []piece, in []byte) error {
+	start := pieces[0].at.off
+	var taken atomic.Int64
+	var failed error
+	var once sync.Once
+	work := func() {
+		for i := taken.Add(1); i <= int64(len(pieces)); i = taken.Add(1) {
+			pc := &pieces[i-1]
+			at := pc.at.off - start
+			if err := im.decodePiece(ctx, pc, in[at:at+pc.plen]); err != nil {
+				once.Do(func() { failed = err })
+				taken.Store(int64(len(pieces)))
+			}
+		}
+	}
+	var others sync.WaitGroup
+	for range helpers {
+		others.Go(func() {
+			defer func() { <-im.helpers }()
+			work()
+		})
+	}
+	work()
+	others.Wait()
+	return failed
 }
 
 // decodePiece decodes straight into the caller's buffer what the caller wants
@@ -285,13 +411,51 @@ func (im *Image) decodePiece(ctx context.Context, pc *piece, in []byte) error {
 	if pc.whole() {
 		return im.decode(&pc.extent, in, pc.dst)
 	}
-	data, err := im.pclusters.fill(ctx, pc.key(), pc.llen, func() ([]byte, error) {
-		out := make([]byte, pc.llen)
-		return out, im.decode(&pc.extent, in, out)
+	return im.remember(ctx, pc, func(out []byte) error { return im.decode(&pc.extent, in, out) })
+}
+
+// remember has an extent decoded by decode, unless it is remembered or others are
+// at it, and copies what is wanted of it.
+func (im *Image) remember(ctx context.Context, pc *piece, decode func(out []byte) error) error {
+	made := false
+	b, err := im.pclusters.fill(ctx, pc.key(), pc.llen, func() (*block, error) {
+		b := newBlock(im.buffers, pc.llen)
+		made = true
+		return b, decode(b.data)
 	})
 	if err != nil {
 		return err
 	}
-	copy(pc.dst, data[pc.skip:])
+	copy(pc.dst, b.data[pc.skip:])
+	if made && pc.surplus != nil {
+		b.refs.Add(1)
+		pc.surplus(&Decoded{pc.la, b.data, b})
+	}
+	b.release()
+	return nil
+}
+
+// Prefetch decodes what bytes off to off+n of a file are encoded in, and remembers
+// it, as far as the file goes. It is for who foresees a read and does not wait for
+// it. LZ4 is left to the read, since decoding it takes no longer than copying.
+func (im *Image) Prefetch(ctx context.Context, ino *Inode, off, n int64) error {
+	if ino.Mode&modeType != modeReg || off < 0 || off >= ino.Size {
+		return nil
+	}
+	m := im.mapper(ino)
+	defer m.release()
+	for end := off + min(n, ino.Size-off); off < end; {
+		e, err := m.extentAt(ctx, off)
+		if err == nil && e.kind == encoded && e.alg != ondisk.AlgLz4 {
+			err = m.addEncoded(ctx, piece{extent: e})
+		}
+		if err != nil {
+			return fmt.Errorf("nid %d: %w", uint64(ino.Nid), err)
+		}
+		off = e.end()
+	}
+	if err := m.flushEncoded(ctx); err != nil {
+		return fmt.Errorf("nid %d: %w", uint64(ino.Nid), err)
+	}
 	return nil
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"sync"
 
-	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 
@@ -140,31 +139,11 @@ type deflateDecompressor struct {
 	pool sync.Pool // of *inflater
 }
 
-type inflater struct {
-	in  bytes.Reader // an io.ByteReader, so flate does not read ahead in a buffer of its own
-	out io.ReadCloser
-}
-
 func (d *deflateDecompressor) decode(dst, in []byte, prefix bool) error {
-	f, _ := d.pool.Get().(*inflater)
-	if f == nil {
-		f = &inflater{}
-		f.out = flate.NewReader(&f.in)
+	s, _ := d.pool.Get().(*inflater)
+	if s == nil {
+		s = &inflater{}
 	}
-	defer d.pool.Put(f)
-	f.in.Reset(in)
-	if err := f.out.(flate.Resetter).Reset(&f.in, nil); err != nil {
-		return err
-	}
-	if _, err := io.ReadFull(f.out, dst); err != nil || prefix {
-		return err
-	}
-	var one [1]byte
-	switch n, err := f.out.Read(one[:]); {
-	case n != 0:
-		return errLength
-	case err != io.EOF:
-		return err
-	}
-	return nil
+	defer d.pool.Put(s)
+	return s.inflate(dst, in, prefix)
 }

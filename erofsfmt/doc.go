@@ -79,5 +79,6 @@
 // directory block has one block, a name 255 bytes, an xattr 64 KiB. Every walk
 // moves towards an end. What is past the end of a source is an error and never
 // zeros. What the package does not do is to detect a directory that contains
-// itself: a caller that walks trees has to.
+// itself: a caller that walks trees has to. Check does, and looks for all
+// else that can be wrong with an image.
 package erofsfmt

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -40,7 +41,8 @@ type Image struct {
 	pages     *cache                        // of metadata
 	pclusters *cache                        // decoded
 	buffers   *bufferPool
-	mappers   sync.Pool // of *mapper
+	mappers   sync.Pool     // of *mapper
+	helpers   chan struct{} // full when as many goroutines as processors decode
 
 	packed   atomic.Pointer[Inode] // set when first needed
 	metabox  atomic.Pointer[Inode]
@@ -73,6 +75,7 @@ func OpenWith(ctx context.Context, src ReaderAt, o Options) (*Image, error) {
 		pages:     newCache(limit / 4),
 		pclusters: newCache(limit - limit/4),
 		buffers:   &bufferPool{},
+		helpers:   make(chan struct{}, runtime.GOMAXPROCS(0)-1),
 	}
 	if im.decoders, err = newDecompressors(&im.sb, im.buffers); err != nil {
 		return nil, err

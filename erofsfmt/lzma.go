@@ -47,7 +47,8 @@ func (d *lzmaDecompressor) decode(dst, in []byte, prefix bool) error {
 }
 
 const (
-	lzmaProbInit  = 1024 // one half of 1<<11
+	lzmaProbInit  = 1024               // one half of 1<<11
+	lzmaRound     = 1<<32 + 31 - 1<<11 // what is added to a probability before >>5 moves it up
 	lzmaStates    = 12
 	lzmaMaxPos    = 1 << 4
 	lzmaMinMatch  = 2
@@ -67,15 +68,18 @@ type rangeDecoder struct {
 
 func (r *rangeDecoder) normalize() {
 	if r.rng < 1<<24 {
-		r.rng <<= 8
-		r.code <<= 8
-		if r.pos < len(r.in) {
-			r.code |= uint32(r.in[r.pos])
-			r.pos++
-		} else {
-			r.over++
-		}
+		r.rng, r.code = r.rng<<8, r.code<<8|r.next()
 	}
+}
+
+func (r *rangeDecoder) next() uint32 {
+	if r.pos < len(r.in) {
+		b := r.in[r.pos]
+		r.pos++
+		return uint32(b)
+	}
+	r.over++
+	return 0
 }
 
 func (r *rangeDecoder) bit(p *uint16) uint32 {
@@ -94,24 +98,79 @@ func (r *rangeDecoder) bit(p *uint16) uint32 {
 	return 1
 }
 
+// The functions that read several bits hold the decoder's fields in registers, and
+// have no branch on a bit: in well compressed data nobody can foretell it. mask is
+// all ones for a 0.
+
 // tree reads bits most significant first; probs has 1<<bits entries.
 func (r *rangeDecoder) tree(probs []uint16, bits uint) uint32 {
+	rng, code := r.rng, r.code
 	m := uint32(1)
 	for range bits {
-		m = m<<1 | r.bit(&probs[m])
+		if rng < 1<<24 {
+			rng, code = rng<<8, code<<8|r.next()
+		}
+		p := &probs[m]
+		bound := rng >> 11 * uint32(*p)
+		below := int64(code) - int64(bound)
+		mask := uint32(below >> 63)
+		rng -= bound
+		rng += (bound - rng) & mask
+		code = uint32(below) + bound&mask
+		*p -= uint16(int32(uint32(*p)+(lzmaRound&mask)) >> 5)
+		m = m<<1 + 1 + mask
 	}
+	r.rng, r.code = rng, code
 	return m - 1<<bits
 }
 
 // reverse reads bits least significant first.
 func (r *rangeDecoder) reverse(probs []uint16, bits uint) uint32 {
+	rng, code := r.rng, r.code
 	m, v := uint32(1), uint32(0)
 	for i := range bits {
-		b := r.bit(&probs[m])
-		m = m<<1 | b
-		v |= b << i
+		if rng < 1<<24 {
+			rng, code = rng<<8, code<<8|r.next()
+		}
+		p := &probs[m]
+		bound := rng >> 11 * uint32(*p)
+		below := int64(code) - int64(bound)
+		mask := uint32(below >> 63)
+		rng -= bound
+		rng += (bound - rng) & mask
+		code = uint32(below) + bound&mask
+		*p -= uint16(int32(uint32(*p)+(lzmaRound&mask)) >> 5)
+		m = m<<1 + 1 + mask
+		v |= (1 + mask) << i
 	}
+	r.rng, r.code = rng, code
 	return v
+}
+
+// hinted reads the 8 bits of a literal after a match; probs has 0x300 entries. The
+// bits of the byte at the match's distance are a hint, until one differs.
+func (r *rangeDecoder) hinted(probs []uint16, hint uint32) uint32 {
+	rng, code := r.rng, r.code
+	m, offs := uint32(1), uint32(0x100)
+	for range 8 {
+		if rng < 1<<24 {
+			rng, code = rng<<8, code<<8|r.next()
+		}
+		hint <<= 1
+		bit := hint & offs
+		p := &probs[offs+bit+m]
+		bound := rng >> 11 * uint32(*p)
+		below := int64(code) - int64(bound)
+		mask := uint32(below >> 63)
+		rng -= bound
+		rng += (bound - rng) & mask
+		code = uint32(below) + bound&mask
+		*p -= uint16(int32(uint32(*p)+(lzmaRound&mask)) >> 5)
+		m = m<<1 + 1 + mask
+		offs &= bit ^ mask
+	}
+	r.rng, r.code = rng, code
+	return m
 }
 
 // direct reads bits of equal probability.
@@ -253,25 +312,11 @@ func (s *lzmaState) literal(dst []byte, di int) {
 	}
 	ctx := (uint(di)&s.lpMask)<<s.lc | prev>>(8-s.lc)
 	probs := s.probs.literal[0x300*ctx:][:0x300]
-	m := uint32(1)
+	var m uint32
 	if s.state >= 7 {
-		// After a match the byte at its distance is a hint, until a bit differs.
-		hint := uint32(dst[di-int(s.reps[0])-1])
-		offs := uint32(0x100)
-		for m < 0x100 {
-			hint <<= 1
-			bit := hint & offs
-			if s.rc.bit(&probs[offs+bit+m]) == 0 {
-				m <<= 1
-				offs &^= bit
-			} else {
-				m = m<<1 | 1
-				offs &= bit
-			}
-		}
-	}
-	for m < 0x100 {
-		m = m<<1 | s.rc.bit(&probs[m])
+		m = s.rc.hinted(probs, uint32(dst[di-int(s.reps[0])-1]))
+	} else {
+		m = s.rc.tree(probs, 8)
 	}
 	dst[di] = byte(m)
 	switch {

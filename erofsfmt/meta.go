@@ -62,15 +62,15 @@ func (m *metaReader) load(ctx context.Context, at place) error {
 	key := cacheKey{at: place{at.src, base}}
 	page, ok := m.im.pages.get(key, 1)
 	if !ok {
-		page, err = m.im.pages.fill(ctx, key, 1, func() ([]byte, error) {
+		page, err = m.im.pages.fill(ctx, key, 1, func() (*block, error) {
 			p := make([]byte, min(pageSize, size-base))
-			return p, m.im.readPlace(ctx, p, key.at)
+			return &block{data: p}, m.im.readPlace(ctx, p, key.at)
 		})
 	}
 	if err != nil {
 		return err
 	}
-	m.page, m.at = page, key.at
+	m.page, m.at = page.data, key.at // never released: others hold on to m.page
 	return nil
 }
 
