@@ -3,6 +3,8 @@ package erofsfmt
 import (
 	"context"
 	"encoding/binary"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
@@ -16,9 +18,11 @@ import (
 type fake struct {
 	super  ondisk.Super
 	inode  ondisk.InodeExtended
-	body   []byte         // at byte 2112 of the image, which is a multiple of 64
-	blocks map[int][]byte // by block number
-	more   map[int][]byte // by byte
+	body   []byte           // at byte 2112 of the image, which is a multiple of 64
+	blocks map[int][]byte   // by block number
+	more   map[int][]byte   // by byte
+	far    map[int64][]byte // by byte, where nobody has the memory for what lies before
+	file   Nid              // of the file; one in far or in a metabox is put there by the test
 }
 
 const (
@@ -34,6 +38,8 @@ func newFake(layout int, size uint64) *fake {
 		},
 		blocks: map[int][]byte{},
 		more:   map[int][]byte{},
+		far:    map[int64][]byte{},
+		file:   fakeFile,
 	}
 }
 
@@ -50,13 +56,15 @@ func (f *fake) bytes(t testing.TB) []byte {
 		}
 	}
 	put(ondisk.SuperOffset, &f.super)
-	dir := dirBytes("", ".", fakeRoot, "..", fakeRoot, "f", fakeFile)
+	dir := dirBytes("", ".", fakeRoot, "..", fakeRoot, "f", int(f.file))
 	put(fakeRoot*32, &ondisk.InodeExtended{
 		Format: ondisk.FormatExtended | ondisk.LayoutInline<<ondisk.FormatLayoutBit, Mode: modeDir | 0o755, Nlink: 2, Size: uint64(len(dir)),
 	})
 	copy(out[fakeRoot*32+64:], dir)
-	put(fakeFile*32, &f.inode)
-	copy(out[fakeFile*32+64:], f.body)
+	if _, elsewhere := f.far[int64(f.file)*32]; !elsewhere && !f.file.inMetabox() {
+		put(int(f.file)*32, &f.inode)
+		copy(out[f.file*32+64:], f.body)
+	}
 	for i, b := range f.blocks {
 		copy(out[i*size:], b)
 	}
@@ -68,15 +76,73 @@ func (f *fake) bytes(t testing.TB) []byte {
 
 func (f *fake) open(t testing.TB, o Options) (*Image, *Inode) {
 	t.Helper()
-	im, err := OpenWith(context.Background(), memory(f.bytes(t)), o)
+	im, err := OpenWith(context.Background(), f.image(t), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ino, err := im.Inode(context.Background(), fakeFile)
+	ino, err := im.Inode(context.Background(), f.file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return im, &ino
+}
+
+// A sparse is an image most of which is a hole.
+type sparse struct {
+	near memory
+	far  map[int64][]byte
+}
+
+func (f *fake) image(t testing.TB) sparse { return sparse{f.bytes(t), f.far} }
+
+// Size is that of whole pages: a kernel reads no less.
+func (s sparse) Size() int64 {
+	size := s.near.Size()
+	for off, b := range s.far {
+		size = max(size, (off+int64(len(b))+4095)&^4095)
+	}
+	return size
+}
+
+func (s sparse) ReadAt(_ context.Context, p []byte, off int64) error {
+	clear(p)
+	overlay(p, off, 0, s.near)
+	for at, b := range s.far {
+		overlay(p, off, at, b)
+	}
+	return nil
+}
+
+// overlay copies to p, which begins at off, what b, which begins at at, has of it.
+func overlay(p []byte, off, at int64, b []byte) {
+	if skip := off - at; skip < 0 && -skip < int64(len(p)) {
+		copy(p[-skip:], b)
+	} else if skip >= 0 && skip < int64(len(b)) {
+		copy(p, b[skip:])
+	}
+}
+
+// write makes a file of the image, with holes where it has them.
+func (s sparse) write(t testing.TB, dir string) string {
+	t.Helper()
+	file, err := os.Create(filepath.Join(dir, "image"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	_, err = file.WriteAt(s.near, 0)
+	for at, b := range s.far {
+		if err == nil {
+			_, err = file.WriteAt(b, at)
+		}
+	}
+	if err == nil {
+		err = file.Truncate(s.Size())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file.Name()
 }
 
 // dirBytes makes a directory block of names and nids in turn, followed by pad.
