@@ -204,6 +204,43 @@ func TestQemuIO(t *testing.T) {
 	}
 }
 
+// throughNbdkit runs a shell script in which $uri is that of an nbdkit whose nbd
+// plugin is a client of the server at uri.
+func throughNbdkit(t *testing.T, uri, script string) (string, error) {
+	t.Helper()
+	return try(t, "nbdkit", "--unix", "-", "nbd", uri, "--run", script)
+}
+
+// TestNbdkit: nbdkit's nbd plugin sends the requests of all its clients over one
+// connection. It passes on what we say of ourselves, the bytes, and each error to
+// whom it is for.
+func TestNbdkit(t *testing.T) {
+	require.Has(t, "nbdkit", "nbdinfo", "nbdcopy", "qemu-io")
+	content := sourcetest.Content(16<<20 + 123)
+	uri, _ := expose(t, Export{Name: "disk", Description: "sha256:abc", Source: halfHere{memory(content)}}, Options{})
+	said, err := throughNbdkit(t, uri, `nbdinfo --no-content "$uri"`)
+	if err != nil {
+		t.Errorf("nbdinfo: %v", err)
+	}
+	wantIn(t, said, "export-size: 16777728", "description: sha256:abc", "is_read_only: true", "can_multi_conn: true",
+		"can_flush: true", "can_cache: true", "block_size_minimum: 512", "block_size_preferred: 4096", "block_size_maximum: 33554432")
+	out := filepath.Join(t.TempDir(), "out")
+	if said, err := throughNbdkit(t, uri, `nbdcopy --connections=4 --threads=4 "$uri" `+out); err != nil {
+		t.Errorf("nbdcopy: %v: %s", err, said)
+	}
+	sameFile(t, "nbdkit", out, content)
+
+	uri, _ = expose(t, Export{Source: faulty{bytes.Repeat([]byte{0xab}, 4<<20)}}, Options{})
+	said, err = throughNbdkit(t, uri, `qemu-io -r -f raw "$uri" -c 'read -P 0xab 0 1M' -c 'read 2M 4k' -c 'read -P 0xab 3M 1M'`)
+	if err == nil {
+		t.Errorf("the exit code says nothing of the read that failed: %s", said)
+	}
+	if n := strings.Count(said, "read failed: Input/output error"); n != 1 || strings.Contains(said, "verification failed") {
+		t.Errorf("%d reads failed:\n%s", n, said)
+	}
+	wantIn(t, said, "read 1048576/1048576 bytes at offset 0", "read 1048576/1048576 bytes at offset 3145728")
+}
+
 // TestFio has fio verify checksums that fio itself put into the file.
 func TestFio(t *testing.T) {
 	require.Has(t, "fio")

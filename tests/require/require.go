@@ -39,10 +39,12 @@ func probes() map[string]func() error {
 		"nbdinfo":         program("nbdinfo"),
 		"nbdcopy":         program("nbdcopy"),
 		"nbdsh":           nbdsh,
+		"nbdkit":          program("nbdkit"),
 		"qemu-img":        program("qemu-img"),
 		"qemu-io":         program("qemu-io"),
 		"fio":             fioNBD,
 		"nbd-guest":       nbdGuest,
+		"debian":          debian,
 	}
 }
 
@@ -153,6 +155,19 @@ func nbdGuest() error {
 		}
 	}
 	return nil
+}
+
+// debian must be asked for, too: it is fetched over the network.
+func debian() error {
+	if !demanded("debian") {
+		return errors.New("packages of Debian are fetched only where EROFS_OCI_REQUIRE names debian")
+	}
+	for _, name := range []string{"debootstrap", "apt-get", "dpkg-deb"} {
+		if _, err := exec.LookPath(name); err != nil {
+			return err
+		}
+	}
+	return root()
 }
 
 // SystemPath is the PATH with which nbdsh is run: it takes the first Python, and
