@@ -31,7 +31,8 @@ func (p *program) doctorCommand() *cli.Command {
 			}
 			probes := systemProbes()
 			probes.Device = backend.OpenDevice
-			d, err := backend.Diagnose(probes, p.cacheFindings(c.String("cache-dir"))...)
+			left, strayErr := p.strayFindings()
+			d, err := backend.Diagnose(probes, append(p.cacheFindings(c.String("cache-dir")), left...)...)
 			if err != nil {
 				return err
 			}
@@ -40,6 +41,7 @@ func (p *program) doctorCommand() *cli.Command {
 			} else {
 				err = printDiagnosis(p.stdout, d)
 			}
+			err = errors.Join(err, strayErr)
 			if d.Auto == "" {
 				err = errors.Join(err, errors.New(d.Reason))
 			}
@@ -79,6 +81,26 @@ func (p *program) cacheFindings(flag string) []backend.Finding {
 		return []backend.Finding{{For: []string{backend.NBD, backend.FILE, backend.FUSE}, Status: backend.Missing, What: err.Error()}}
 	}
 	return backend.CheckCacheDir(dir)
+}
+
+// strayFindings are about what a crash left.
+func (p *program) strayFindings() ([]backend.Finding, error) {
+	run, err := backend.OpenRunDir(p.getenv)
+	if err != nil {
+		return nil, err
+	}
+	all, err := listAll(run)
+	var found []backend.Finding
+	for _, l := range all {
+		if l.State != backend.Stray {
+			continue
+		}
+		found = append(found, backend.Finding{
+			For: []string{backend.NBD}, Status: backend.Warning, Do: l.remedy(),
+			What: fmt.Sprintf("%s was left connected by a server that died (pid %d)", l.NBDDevice, l.PID),
+		})
+	}
+	return found, err
 }
 
 func printDiagnosis(w io.Writer, d *backend.Diagnosis) error {

@@ -89,6 +89,28 @@ func MountedDevice(dir, fsType string) (Device, error) {
 	return on.top(), nil
 }
 
+// MountsOf returns the directories on which the file system of device d is to be
+// seen.
+func MountsOf(d Device) ([]string, error) {
+	on, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return deviceOf(m) != d, false })
+	var dirs []string
+	for _, m := range on {
+		dirs = append(dirs, m.Mountpoint)
+	}
+	return dirs, err
+}
+
+// Gone says what is the matter where the mount of device d is still on dir when its
+// server has nobody to serve any more. It is left there, for its users to get
+// errors and not what may be below it.
+func Gone(dir string, d Device) error {
+	on, err := mountsOn(dir)
+	if err != nil || !on.has(d) {
+		return err
+	}
+	return fmt.Errorf("%s is still mounted, but the kernel has ended the connection to its server, as after an abort or a disconnect: erofs-oci umount clears it", dir)
+}
+
 // serverless tells whether nobody serves the FUSE mount on dir any more.
 func serverless(dir string) bool {
 	var st unix.Statfs_t

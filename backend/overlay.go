@@ -112,13 +112,20 @@ func (m *overlayMount) cover(ctx context.Context, s *staging, opts Options) erro
 	if upper == nil {
 		upper = &upperDir{dir: s.memory}
 	}
-	if err := upper.prepare(s.lower, m.log); err != nil {
+	// What is below may be served by this process.
+	var hidden []error
+	err := Apart(func() (err error) {
+		if hidden, err = upper.prepare(s.lower); err != nil {
+			return err
+		}
+		return upper.mount(s.lower, m.target, opts)
+	})
+	for _, reason := range hidden {
+		m.log.Warn("an attribute of the image's root directory is not to be seen in the writable mount", "err", reason)
+	}
+	if err != nil {
 		return err
 	}
-	if err := upper.mount(s.lower, m.target, opts); err != nil {
-		return err
-	}
-	var err error
 	if m.device, err = MountedDevice(m.target, OverlayType); err != nil {
 		return err
 	}
@@ -163,7 +170,9 @@ func (m *overlayMount) Inner() Mount { return m.inner }
 func (m *overlayMount) Device() Device { return m.device }
 
 // Wait waits for what is below: that ends after the overlay.
-func (m *overlayMount) Wait() error { return errors.Join(m.inner.Wait(), m.release()) }
+func (m *overlayMount) Wait() error {
+	return errors.Join(m.inner.Wait(), Gone(m.target, m.device), m.release())
+}
 
 func (m *overlayMount) Unmount() error {
 	err := Detach(m.target, m.device, false)
@@ -246,13 +255,14 @@ func (u *upperDir) mount(lower, target string, opts Options) error {
 	} {
 		value := part.dir
 		if !plainPath(value) {
-			// A path of plain characters that leads to the same directory.
+			// A path of plain characters that leads to the same directory; of
+			// this thread, whose files may be its own.
 			f, err := os.OpenFile(part.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 			if err != nil {
 				return err
 			}
 			files = append(files, f)
-			value = "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
+			value = "/proc/thread-self/fd/" + strconv.Itoa(int(f.Fd()))
 		}
 		words = append(words, part.name+"="+value)
 	}

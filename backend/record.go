@@ -33,7 +33,8 @@ type Record struct {
 	// What another server needs to take the mount over.
 	Size   int64           `json:"size,omitempty"` // of the blob
 	Access Access          `json:"access"`
-	NBD    json.RawMessage `json:"nbd,omitempty"` // the devices, as package nbdserve describes them
+	Files  []FileState     `json:"files,omitempty"` // in place of a blob: the image and its devices
+	NBD    json.RawMessage `json:"nbd,omitempty"`   // the devices, as package nbdserve describes them
 
 	Overlay      string `json:"overlay,omitempty"` // where what is written goes
 	TmpfsOverlay bool   `json:"tmpfs_overlay,omitempty"`
@@ -46,6 +47,9 @@ type Access struct {
 	AuthFile  string `json:"authfile,omitempty"`
 	OnError   string `json:"on_error,omitempty"`
 	CacheDir  string `json:"cache_dir,omitempty"`
+	TLSCA     string `json:"tls_ca,omitempty"`
+
+	SkipTLSVerify bool `json:"skip_tls_verify,omitempty"`
 }
 
 // State says how a recorded mount is.
@@ -63,12 +67,26 @@ const (
 	// Orphaned: the server ended without unmounting. Readers wait, and another
 	// server can take its place.
 	Orphaned State = "orphaned"
+	// Stray: there is no record, but an nbd device that a server left which died
+	// before it could write one.
+	Stray State = "stray"
 )
 
 // Entry is a record and the state that its mount is in.
 type Entry struct {
 	Record
 	State State `json:"state"`
+}
+
+// Remedy is the command of this program that mends the state, "" if none is needed.
+func (e Entry) Remedy() string {
+	switch e.State {
+	case Dead:
+		return "umount"
+	case Orphaned:
+		return "reattach"
+	}
+	return ""
 }
 
 // ErrInUse says that a directory already has a mount of ours.
@@ -214,10 +232,19 @@ func (c *Claim) Abandon() error { return c.lock.Close() }
 // SupervisorLog is where who supervises the server of dir may write.
 func (r *RunDir) SupervisorLog(dir string) string { return r.file(id(dir), ".supervisor.log") }
 
-// Release takes the record away and lets go of the directory.
+// Release lets go of the directory and takes the record away, unless the mount is
+// still there: it is dead then, and list says so until it is unmounted.
 func (c *Claim) Release() error {
-	err := c.run.remove(c.id)
-	return errors.Join(err, c.lock.Close())
+	rec, recorded, err := c.run.read(c.id)
+	if err != nil || !recorded {
+		return errors.Join(err, c.run.remove(c.id), c.lock.Close())
+	}
+	on, err := mountsOn(rec.Dir)
+	if err != nil || !on.has(rec.Device) {
+		return errors.Join(err, c.run.remove(c.id), c.lock.Close())
+	}
+	rec.NBD = nil // nobody can take the place of a server that has ended in order
+	return errors.Join(c.Write(rec), c.lock.Close())
 }
 
 func logSuffixes() []string {
@@ -352,6 +379,33 @@ func (r *RunDir) entry(id string) (Entry, bool, error) {
 
 // Find returns the entry of dir, and whether there is one.
 func (r *RunDir) Find(dir string) (Entry, bool, error) { return r.entry(id(dir)) }
+
+// CheckUpper refuses to have an overlay keep in dir what is written to it where that
+// of another mount is kept whose server is gone. Its lock went with the server, but
+// the kernel still writes there.
+func (r *RunDir) CheckUpper(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	ours, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	entries, err := r.List()
+	for _, e := range entries {
+		if e.Overlay == "" || e.State != Orphaned && e.State != Dead {
+			continue
+		}
+		if theirs, err := os.Stat(e.Overlay); err == nil && os.SameFile(ours, theirs) {
+			return fmt.Errorf("overlay: the mount on %s, which is %s, keeps in %s what is written to it: erofs-oci %s %s first, or choose another directory",
+				e.Dir, e.State, dir, e.Remedy(), e.Dir)
+		}
+	}
+	return err
+}
 
 // Adopt takes an orphaned mount for this process.
 func (r *RunDir) Adopt(dir string) (*Claim, Record, error) {

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -116,6 +117,84 @@ func TestRecordOfTheDead(t *testing.T) {
 	if left, err := os.ReadDir(r.path); err != nil || len(left) != 0 {
 		t.Fatalf("not swept: %v, %v", left, err)
 	}
+}
+
+// mountedRecord is of a directory that has a mount, which stays.
+func mountedRecord(t *testing.T) Record {
+	t.Helper()
+	on, err := mountsOn("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Record{Dir: "/", Device: on.top(), NBD: json.RawMessage("[]")}
+}
+
+// TestReleaseOfTheMounted: where a server ends and its mount stays, the record and
+// the log stay, too. Nobody can take over what it served.
+func TestReleaseOfTheMounted(t *testing.T) {
+	r := testRunDir(t)
+	rec := mountedRecord(t)
+	c := claim(t, r, rec)
+	if err := os.WriteFile(c.LogPath(), []byte("why\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, r); len(got) != 1 || got[0].State != Dead || got[0].NBD != nil {
+		t.Fatalf("listed %+v", got)
+	}
+	if said, err := os.ReadFile(c.LogPath()); err != nil || string(said) != "why\n" {
+		t.Errorf("the log: %q, %v", said, err)
+	}
+	// As if it had been unmounted.
+	rec.Device = "0:9999"
+	if c, err := r.lock(c.id); err != nil || c.Write(rec) != nil || c.Abandon() != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, r); len(got) != 0 {
+		t.Errorf("listed %+v", got)
+	}
+}
+
+// TestCheckUpper: what a mount without a server keeps what is written in is not
+// given to another.
+func TestCheckUpper(t *testing.T) {
+	r := testRunDir(t)
+	upper := t.TempDir()
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(upper, link); err != nil {
+		t.Fatal(err)
+	}
+	check := func(dir, want string) {
+		t.Helper()
+		err := r.CheckUpper(dir)
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", dir, err, want)
+		}
+	}
+	check(upper, "")
+	rec := mountedRecord(t)
+	rec.Overlay = link
+	c := claim(t, r, rec)
+	check(upper, "") // its server holds the lock of the directory
+	if err := c.Abandon(); err != nil {
+		t.Fatal(err)
+	}
+	check(upper, "the mount on /, which is orphaned, keeps in "+upper+" what is written to it: erofs-oci reattach / first")
+	check(link, "erofs-oci reattach / first")
+	check(t.TempDir(), "")
+	check(filepath.Join(upper, "no"), "")
+	check("", "")
+	c, _, err := r.Adopt("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(upper, "")
+	if err := c.Release(); err != nil {
+		t.Fatal(err)
+	}
+	check(upper, "erofs-oci umount / first")
 }
 
 func TestWaitEnd(t *testing.T) {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -100,79 +99,81 @@ func (u *upperDir) check() error {
 }
 
 // prepare makes what overlayfs needs, the new root directory in the likeness of
-// lower's, and notes which image it is for.
-func (u *upperDir) prepare(lower string, log *slog.Logger) error {
+// lower's, and notes which image it is for. It returns why attributes of lower are
+// hidden, if any are.
+func (u *upperDir) prepare(lower string) (hidden []error, err error) {
 	if !u.known {
-		if err := u.begin(lower, log); err != nil {
-			return fmt.Errorf("overlay: %w", err)
+		if hidden, err = u.begin(lower); err != nil {
+			return nil, fmt.Errorf("overlay: %w", err)
 		}
 	}
 	if err := os.Mkdir(u.work(), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("overlay: %w", err)
+		return nil, fmt.Errorf("overlay: %w", err)
 	}
 	if u.noted || u.lock == nil {
-		return nil
+		return hidden, nil
 	}
 	if err := u.lock.Truncate(0); err != nil {
-		return err
+		return nil, err
 	}
-	_, err := u.lock.WriteAt([]byte(u.image+"\n"), 0)
-	return err
+	_, err = u.lock.WriteAt([]byte(u.image+"\n"), 0)
+	return hidden, err
 }
 
 // begin makes upper/ anew, which is empty or missing.
-func (u *upperDir) begin(lower string, log *slog.Logger) error {
+func (u *upperDir) begin(lower string) (hidden []error, err error) {
 	// The index of hard links would refuse another upper/ (ESTALE).
 	for _, dir := range []string{u.changes(), filepath.Join(u.work(), "index")} {
 		if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
-			return &fs.PathError{Op: "rmdir", Path: dir, Err: err}
+			return nil, &fs.PathError{Op: "rmdir", Path: dir, Err: err}
 		}
 	}
 	if err := os.Mkdir(u.changes(), 0o700); err != nil {
-		return err
+		return nil, err
 	}
-	if err := copyAttributes(lower, u.changes(), log); err != nil {
-		return fmt.Errorf("make %s like the image's root directory: %w", u.changes(), err)
+	if hidden, err = copyAttributes(lower, u.changes()); err != nil {
+		return nil, fmt.Errorf("make %s like the image's root directory: %w", u.changes(), err)
 	}
-	return nil
+	return hidden, nil
 }
 
 // copyAttributes gives directory to what from has: overlayfs shows the upper of
-// two directories. Times come last, since the rest changes them.
-func copyAttributes(from, to string, log *slog.Logger) error {
+// two directories. It returns why some is missing. Times come last, since the rest
+// changes them.
+func copyAttributes(from, to string) (missing []error, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat(from, &st); err != nil {
-		return &fs.PathError{Op: "stat", Path: from, Err: err}
+		return nil, &fs.PathError{Op: "stat", Path: from, Err: err}
 	}
 	if err := os.Lchown(to, int(st.Uid), int(st.Gid)); err != nil {
-		return err
+		return nil, err
 	}
-	if err := copyXattrs(from, to, log); err != nil {
-		return err
+	if missing, err = copyXattrs(from, to); err != nil {
+		return nil, err
 	}
 	if err := unix.Chmod(to, st.Mode&0o7777); err != nil {
-		return &fs.PathError{Op: "chmod", Path: to, Err: err}
+		return nil, &fs.PathError{Op: "chmod", Path: to, Err: err}
 	}
 	times := []unix.Timespec{st.Atim, st.Mtim}
 	if err := unix.UtimesNanoAt(unix.AT_FDCWD, to, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return &fs.PathError{Op: "utimensat", Path: to, Err: err}
+		return nil, &fs.PathError{Op: "utimensat", Path: to, Err: err}
 	}
-	return nil
+	return missing, nil
 }
 
 // maxXattrs is XATTR_LIST_MAX and XATTR_SIZE_MAX of linux/limits.h.
 const maxXattrs = 64 << 10
 
-// copyXattrs copies what the file system and the user's rights permit; what is
-// left out is logged.
-func copyXattrs(from, to string, log *slog.Logger) error {
+// copyXattrs copies what the file system and the user's rights permit, and returns
+// why it left the rest out.
+func copyXattrs(from, to string) (missing []error, err error) {
 	names, value := make([]byte, maxXattrs), make([]byte, maxXattrs)
 	n, err := unix.Llistxattr(from, names)
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return &fs.PathError{Op: "listxattr", Path: from, Err: err}
+		return nil, &fs.PathError{Op: "listxattr", Path: from, Err: err}
 	}
 	for b := range bytes.SplitSeq(names[:n], []byte{0}) {
 		name := string(b)
@@ -185,10 +186,10 @@ func copyXattrs(from, to string, log *slog.Logger) error {
 		}
 		switch {
 		case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-			log.Warn("an attribute of the image's root directory is not to be seen in the writable mount", "name", name, "err", err)
+			missing = append(missing, fmt.Errorf("%s: %w", name, err))
 		case err != nil:
-			return fmt.Errorf("%s of %s: %w", name, from, err)
+			return nil, fmt.Errorf("%s of %s: %w", name, from, err)
 		}
 	}
-	return nil
+	return missing, nil
 }

@@ -18,13 +18,13 @@ import (
 // connection. go-fuse can do it, too, but keeps the reasons of a refusal to
 // itself. The descriptor is a plain number, since an *os.File would be made
 // non-blocking, and go-fuse's readers block.
-func attach(target string, o backend.Options) (int, error) {
+func (b Backend) attach(target string, o backend.Options) (int, error) {
 	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return -1, noDevice(err)
 	}
 	if err == nil {
-		err = attachDirectly(dev, target, o)
+		err = b.attachDirectly(dev, target, o)
 		if err == nil {
 			return dev, nil
 		}
@@ -36,7 +36,7 @@ func attach(target string, o backend.Options) (int, error) {
 	if _, lookErr := backend.Fusermount(); lookErr != nil {
 		return -1, noRight(err, lookErr)
 	}
-	return attachByHelper(target, o)
+	return b.attachByHelper(target, o)
 }
 
 // noDevice and noRight say in one line what is missing and the next best way.
@@ -49,13 +49,16 @@ func noRight(err, lookErr error) error {
 }
 
 // attachDirectly calls mount(2): as root, or as the owner of a user namespace.
-func attachDirectly(dev int, target string, o backend.Options) error {
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,default_permissions,max_read=%d",
-		dev, os.Geteuid(), os.Getegid(), maxRead)
+func (b Backend) attachDirectly(dev int, target string, o backend.Options) error {
+	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,max_read=%d",
+		dev, os.Geteuid(), os.Getegid(), b.maxRead())
+	if !b.unchecked(o) {
+		data += ",default_permissions"
+	}
 	if o.Flags.AllowOther {
 		data += ",allow_other"
 	}
-	return unix.Mount(o.Name, target, backend.FuseType, unix.MS_RDONLY|o.Flags.Flags, data)
+	return unix.Mount(o.Name, target, b.fuseType(), unix.MS_RDONLY|o.Flags.Flags, data)
 }
 
 // helperWords are the options that fusermount3 knows.
@@ -63,9 +66,9 @@ var helperWords = []string{"suid", "nosuid", "dev", "nodev", "exec", "noexec", "
 
 // attachByHelper has fusermount3 mount, which hands the connection back over a
 // socket.
-func attachByHelper(target string, o backend.Options) (int, error) {
-	_, subtype, _ := strings.Cut(backend.FuseType, ".")
-	words := []string{"ro", "default_permissions", fmt.Sprintf("max_read=%d", maxRead), "subtype=" + subtype, "fsname=" + escape(o.Name)}
+func (b Backend) attachByHelper(target string, o backend.Options) (int, error) {
+	_, subtype, _ := strings.Cut(b.fuseType(), ".")
+	words := []string{"ro", fmt.Sprintf("max_read=%d", b.maxRead()), "subtype=" + escape(subtype), "fsname=" + escape(o.Name)}
 	for _, w := range o.Flags.Words {
 		if w == "relatime" {
 			continue // the kernel's default
@@ -74,6 +77,9 @@ func attachByHelper(target string, o backend.Options) (int, error) {
 			return -1, fmt.Errorf("mount option %q: only root can set it on a FUSE mount; leave it out", w)
 		}
 		words = append(words, w)
+	}
+	if !b.unchecked(o) {
+		words = append(words, "default_permissions")
 	}
 	if o.Flags.AllowOther {
 		words = append(words, "allow_other")

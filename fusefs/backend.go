@@ -19,16 +19,41 @@ import (
 const maxRead = 512 << 10
 
 // Backend mounts with our own reader over FUSE.
-type Backend struct{}
+type Backend struct {
+	CacheBytes int64  // as in erofsfmt.Options
+	Subtype    string // what /proc/mounts shows after "fuse."; that of backend.FuseType if empty
+	MaxRead    int    // the largest read that the kernel may send, where less than the default is wanted
+	// Unchecked lets the user who mounts, and nobody else, read all of the image,
+	// whatever the modes in it say.
+	Unchecked bool
+}
+
+// unchecked heeds Unchecked only where others are not let in.
+func (b Backend) unchecked(o backend.Options) bool { return b.Unchecked && !o.Flags.AllowOther }
+
+// fuseType is the type of the mount, as /proc/mounts shows it.
+func (b Backend) fuseType() string {
+	if b.Subtype != "" {
+		return "fuse." + b.Subtype
+	}
+	return backend.FuseType
+}
+
+func (b Backend) maxRead() int {
+	if b.MaxRead > 0 {
+		return min(b.MaxRead, maxRead)
+	}
+	return maxRead
+}
 
 // Mount opens the image in v and mounts it on target: by mount(2) where that is
 // allowed, else by the fusermount3 helper.
-func (Backend) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
+func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
 	devices := make([]erofsfmt.ReaderAt, len(v.Devices))
 	for i, d := range v.Devices {
 		devices[i] = d
 	}
-	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices})
+	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices, CacheBytes: b.CacheBytes})
 	if err != nil {
 		return nil, err
 	}
@@ -39,19 +64,19 @@ func (Backend) Mount(ctx context.Context, v backend.Volume, target string, o bac
 	if o.Name == "" {
 		o.Name = "erofs-oci" // mount(2) does not take an empty source
 	}
-	dev, err := attach(target, o)
+	dev, err := b.attach(target, o)
 	if err != nil {
 		return nil, err
 	}
-	id, err := backend.MountedDevice(target, backend.FuseType)
+	id, err := backend.MountedDevice(target, b.fuseType())
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(dev))
 	}
 	log := logger(o)
 	life, end := context.WithCancel(context.Background())
 	fsys := newFileSystem(life, im, log)
-	fsys.trusted = initial
-	done, err := serve(fsys, dev, log, end)
+	fsys.trusted, fsys.device = initial, id
+	done, err := serve(fsys, dev, log, !b.unchecked(o), func() { end(); fsys.end() })
 	if err != nil {
 		end()
 		return nil, errors.Join(err, backend.Detach(target, id, true))
@@ -69,20 +94,30 @@ type mount struct {
 
 // serve answers what comes over the connection dev, which it takes over. When the
 // kernel ends the connection, it calls end and closes done.
-func serve(fsys fuse.RawFileSystem, dev int, log *slog.Logger, end func()) (done <-chan struct{}, err error) {
+func serve(fsys fuse.RawFileSystem, dev int, log *slog.Logger, acl bool, end func()) (done <-chan struct{}, err error) {
 	server, err := fuse.NewServer(fsys, fmt.Sprintf("/dev/fd/%d", dev), &fuse.MountOptions{
 		MaxBackground:            64,
 		MaxWrite:                 maxRead,
 		EnableSymlinkCaching:     true,
 		ExplicitDataCacheControl: true,
+		// Answers are in memory: go-fuse would fill a pipe and drain it again.
+		DisableSplice: true,
+		// access(2) heeds the ACLs that GETXATTR shows, as on the kernel's erofs.
+		// It makes the kernel heed modes, too, whatever the mount options say.
+		EnableAcl: acl,
 		// It makes a stacked file system of us, on which the kernel mounts no
 		// EROFS (fs/erofs/super.c erofs_fc_fill_super).
 		DisabledCapabilities: fuse.CAP_PASSTHROUGH,
-		Logger:               slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		// A read of the kernel's EROFS that takes several requests fails if one of
+		// them does. Else it would end there, and not every kernel takes that for
+		// an error (fs/erofs/fileio.c erofs_fileio_ki_complete).
+		ExtraCapabilities: fuse.CAP_ASYNC_DIO,
+		Logger:            slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("fuse: %w", err)
 	}
+	makeUpForReaders()
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -101,7 +136,7 @@ func logger(o backend.Options) *slog.Logger {
 
 func (m *mount) Wait() error {
 	<-m.done
-	return nil
+	return backend.Gone(m.target, m.device)
 }
 
 func (m *mount) Device() backend.Device { return m.device }

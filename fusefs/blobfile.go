@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
+	"os"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -22,23 +24,36 @@ import (
 // The kernel's EROFS is its only reader. It knows the names, so the directory
 // cannot be listed. The bytes cannot change, so names and attributes are valid
 // for ever.
+//
+// Each file says that it is endless, and answers EIO past the end of its source:
+// of a file that ends the kernel makes zeros there, without an error (fs/fuse/file.c
+// fuse_short_read, fs/erofs/fileio.c erofs_fileio_ki_complete). For the same reason
+// no answer is ever short.
 type blobFiles struct {
 	fuse.RawFileSystem
 	// ctx is the life of the mount.
 	ctx     context.Context
 	sources []backend.Source
 	errs    *errorLog
+	// whole says that no block of the image lies across the end of a source. Then
+	// what a page holds past it is nobody's.
+	whole bool
 }
 
 // firstBlob is the node id of the first source.
 const firstBlob = rootNode + 1
 
-func newBlobFiles(ctx context.Context, v backend.Volume, log *slog.Logger) *blobFiles {
+// endless is the size of the files: the largest multiple of any page that a file
+// can have. No block address of an image comes near it.
+const endless = math.MaxInt64 &^ (1<<16 - 1)
+
+func newBlobFiles(ctx context.Context, v backend.Volume, whole bool, log *slog.Logger) *blobFiles {
 	return &blobFiles{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		ctx:           ctx,
 		sources:       append([]backend.Source{v.Primary}, v.Devices...),
 		errs:          newErrorLog(log),
+		whole:         whole,
 	}
 }
 
@@ -76,8 +91,7 @@ func (f *blobFiles) attr(node uint64, a *fuse.Attr) fuse.Status {
 	}
 	s, st := f.source(node)
 	if st.Ok() {
-		size := uint64(s.Size())
-		*a = fuse.Attr{Ino: node, Mode: syscall.S_IFREG | 0o400, Nlink: 1, Size: size, Blocks: (size + 511) / 512, Blksize: 4096}
+		*a = fuse.Attr{Ino: node, Mode: syscall.S_IFREG | 0o400, Nlink: 1, Size: endless, Blocks: sectors(s) / sectorSize, Blksize: 4096}
 	}
 	return st
 }
@@ -102,15 +116,42 @@ func (f *blobFiles) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.R
 	if !st.Ok() {
 		return nil, st
 	}
-	size := uint64(s.Size())
-	if in.Offset >= size {
-		return fuse.ReadResultData(nil), fuse.OK
+	size, asked := uint64(s.Size()), uint64(in.Size)
+	if limit := f.limit(in, s); in.Offset >= size || asked > limit-in.Offset || asked > uint64(len(buf)) {
+		return nil, f.fail(in, fmt.Errorf("the image leads to %d bytes at %d, and the blob ends after %d", asked, in.Offset, size))
 	}
-	buf = buf[:min(uint64(len(buf)), uint64(in.Size), size-in.Offset)]
-	if err := s.ReadAt(f.ctx, buf, int64(in.Offset)); err != nil {
+	buf = buf[:asked]
+	there := buf[:min(asked, size-in.Offset)]
+	if err := s.ReadAt(f.ctx, there, int64(in.Offset)); err != nil {
 		return nil, f.fail(in, err)
 	}
+	clear(buf[len(there):])
 	return fuse.ReadResultData(buf), fuse.OK
+}
+
+// sectorSize is the least that a loop device asks for, and an EROFS block has.
+const sectorSize = 512
+
+// sectors is the size of a source in whole sectors, in bytes.
+func sectors(s backend.Source) uint64 { return roundUp(s.Size(), sectorSize) }
+
+func roundUp(n int64, unit int) uint64 {
+	u := uint64(unit)
+	return (uint64(n) + u - 1) / u * u
+}
+
+// limit is where what can be had for a request ends. Metadata comes in pages, of
+// which the last may have blocks of the image and an end of nothing. Data is asked
+// for as it lies, and then the kernel names the owner of locks
+// (fs/fuse/file.c fuse_direct_io).
+func (f *blobFiles) limit(in *fuse.ReadIn, s backend.Source) uint64 {
+	switch {
+	case !f.whole:
+		return uint64(s.Size())
+	case in.ReadFlags&fuse.READ_LOCKOWNER != 0:
+		return sectors(s)
+	}
+	return roundUp(s.Size(), os.Getpagesize())
 }
 
 // fail makes EIO of every error: a source knows of no other.

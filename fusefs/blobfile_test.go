@@ -3,11 +3,14 @@ package fusefs
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"math"
+	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +18,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/sourcetest"
 )
 
@@ -31,14 +35,15 @@ func TestBlobLookup(t *testing.T) {
 	files := newBlobFiles(t.Context(), backend.Volume{
 		Primary: sourcetest.Memory(make([]byte, 513)),
 		Devices: []backend.Source{sourcetest.Memory(nil), failing{n: 1 << 40}},
-	}, nil)
+	}, true, nil)
+	const unbounded = 0x7fff_ffff_ffff_0000
 	for name, want := range map[string]struct {
 		node, size, blocks uint64
 		st                 fuse.Status
 	}{
-		"erofs-oci.blob":     {2, 513, 2, fuse.OK},
-		"erofs-oci.device1":  {3, 0, 0, fuse.OK},
-		"erofs-oci.device2":  {4, 1 << 40, 1 << 31, fuse.OK},
+		"erofs-oci.blob":     {2, unbounded, 2, fuse.OK},
+		"erofs-oci.device1":  {3, unbounded, 0, fuse.OK},
+		"erofs-oci.device2":  {4, unbounded, 1 << 31, fuse.OK},
 		"erofs-oci.device3":  {st: fuse.ENOENT},
 		"erofs-oci.device0":  {st: fuse.ENOENT},
 		"erofs-oci.device01": {st: fuse.ENOENT},
@@ -69,36 +74,104 @@ func TestBlobLookup(t *testing.T) {
 	}
 }
 
+// TestBlobRead: whole answers or none. What is asked for past the end is an error,
+// but for what a page or a sector holds beside blocks of the image.
 func TestBlobRead(t *testing.T) {
-	content := sourcetest.Content(10_000)
-	files := newBlobFiles(t.Context(), backend.Volume{Primary: sourcetest.Memory(content)}, nil)
+	page := os.Getpagesize()
+	size := 3*page - 700 // in the middle of a sector
+	content := sourcetest.Content(size)
+	padded := append(slices.Clone(content), make([]byte, page)...)
+	const data = fuse.READ_LOCKOWNER // as the kernel asks for file data
 	for _, c := range []struct {
-		node, off uint64
-		n, buf    int
-		from, to  int // of content
-		st        fuse.Status
+		name   string
+		node   uint64
+		off    int
+		n, buf int
+		flags  uint32
+		torn   bool // a block of the image may lie across the end
+		st     fuse.Status
 	}{
-		{node: 2, off: 0, n: 4096, buf: 4096, from: 0, to: 4096},
-		{node: 2, off: 8192, n: 4096, buf: 4096, from: 8192, to: 10_000},
-		{node: 2, off: 9_999, n: 1, buf: 4096, from: 9_999, to: 10_000},
-		{node: 2, off: 0, n: 4096, buf: 100, from: 0, to: 100},
-		{node: 2, off: 10_000, n: 4096, buf: 4096},
-		{node: 2, off: 1 << 62, n: 4096, buf: 4096},
-		{node: 2, off: math.MaxUint64, n: 4096, buf: 4096},
-		{node: 3, n: 1, buf: 1, st: fuse.ENOENT},
-		{node: 1, n: 1, buf: 1, st: fuse.ENOENT},
+		{name: "begin", node: 2, n: page},
+		{name: "begin of data", node: 2, n: page, flags: data},
+		{name: "middle", node: 2, off: page + 1, n: 5},
+		{name: "last page", node: 2, off: 2 * page, n: page},
+		{name: "all pages", node: 2, n: 3 * page},
+		{name: "last byte", node: 2, off: size - 1, n: 1},
+		{name: "last sector", node: 2, off: 3*page - 1024, n: 512, flags: data},
+		{name: "sectors to the end", node: 2, off: page, n: 2*page - 512, flags: data},
+		{name: "data past the last sector", node: 2, off: 2 * page, n: page, flags: data, st: fuse.EIO},
+		{name: "data past the end", node: 2, off: 3*page - 512, n: 512, flags: data, st: fuse.EIO},
+		{name: "a page too many", node: 2, off: page, n: 3 * page, st: fuse.EIO},
+		{name: "at the end", node: 2, off: size, n: 1, st: fuse.EIO},
+		{name: "next page", node: 2, off: 3 * page, n: page, st: fuse.EIO},
+		{name: "torn, to the end", node: 2, off: page, n: size - page, torn: true},
+		{name: "torn, last page", node: 2, off: 2 * page, n: page, torn: true, st: fuse.EIO},
+		{name: "torn, last sector", node: 2, off: 3*page - 1024, n: 512, flags: data, torn: true, st: fuse.EIO},
+		{name: "far", node: 2, off: 1 << 62, n: page, st: fuse.EIO},
+		{name: "farthest", node: 2, off: -1, n: page, st: fuse.EIO},
+		{name: "small buffer", node: 2, n: page, buf: 100, st: fuse.EIO},
+		{name: "empty device", node: 3, n: page, st: fuse.EIO},
+		{name: "no device", node: 4, n: 1, st: fuse.ENOENT},
+		{name: "directory", node: 1, n: 1, st: fuse.ENOENT},
 	} {
-		in := fuse.ReadIn{InHeader: fuse.InHeader{NodeId: c.node}, Offset: c.off, Size: uint32(c.n)}
-		result, st := files.Read(nil, &in, make([]byte, c.buf))
-		if st != c.st {
-			t.Errorf("%+v: %v", c, st)
+		t.Run(c.name, func(t *testing.T) {
+			files := newBlobFiles(t.Context(), backend.Volume{
+				Primary: sourcetest.Memory(content), Devices: []backend.Source{sourcetest.Memory(nil)},
+			}, !c.torn, nil)
+			buf := slices.Repeat([]byte{0xaa}, max(c.buf, c.n))
+			if c.buf > 0 {
+				buf = buf[:c.buf]
+			}
+			in := fuse.ReadIn{InHeader: fuse.InHeader{NodeId: c.node}, Offset: uint64(c.off), Size: uint32(c.n), ReadFlags: c.flags}
+			result, st := files.Read(nil, &in, buf)
+			if st != c.st {
+				t.Fatalf("%v, want %v", st, c.st)
+			}
+			if st != fuse.OK {
+				return
+			}
+			got, st := result.Bytes(nil)
+			if st != fuse.OK || !bytes.Equal(got, padded[c.off:c.off+c.n]) {
+				t.Errorf("%v, %d bytes", st, len(got))
+			}
+		})
+	}
+}
+
+// TestCheckWhole: a block that lies across the end of a blob is noticed, or not
+// ruled out.
+func TestCheckWhole(t *testing.T) {
+	plain, multi := corpus.Get(t, "plain").Data, corpus.Get(t, "multidev")
+	patched := func(off int, v uint32) []byte {
+		b := slices.Clone(plain)
+		b[1024+8] &^= 1 // no checksum
+		binary.LittleEndian.PutUint32(b[1024+off:], v)
+		return b
+	}
+	const blocks, incompatible = 0x24, 0x50
+	silent := patched(blocks, 0)
+	for name, c := range map[string]struct {
+		image, device []byte
+		whole         bool
+		err           string
+	}{
+		"whole":                   {image: plain, whole: true},
+		"more follows":            {image: append(slices.Clone(plain), 1), whole: true},
+		"of unsaid length":        {image: silent, whole: true},
+		"of unsaid length, torn":  {image: silent[:len(silent)-1]},
+		"not known here":          {image: patched(incompatible, 1<<31)},
+		"cut off":                 {image: plain[:len(plain)-1], err: "was cut off"},
+		"with a device":           {image: multi.Data, device: multi.Blob, whole: true},
+		"with a device, and more": {image: multi.Data, device: append(slices.Clone(multi.Blob), 1), whole: true},
+		"device cut off":          {image: multi.Data, device: multi.Blob[:len(multi.Blob)-1], err: "device 1"},
+	} {
+		v := backend.Volume{Primary: sourcetest.Memory(c.image)}
+		if c.device != nil {
+			v.Devices = []backend.Source{sourcetest.Memory(c.device)}
 		}
-		if st != fuse.OK {
-			continue
-		}
-		got, st := result.Bytes(nil)
-		if st != fuse.OK || !bytes.Equal(got, content[c.from:c.to]) {
-			t.Errorf("%+v: %v, %d bytes", c, st, len(got))
+		whole, err := CheckVolume(t.Context(), v)
+		if whole != c.whole || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %v, %v; want %v, %q", name, whole, err, c.whole, c.err)
 		}
 	}
 }
@@ -113,7 +186,7 @@ func TestBlobErrors(t *testing.T) {
 				cancel()
 			}
 			var said strings.Builder
-			files := newBlobFiles(ctx, backend.Volume{Primary: failing{10_000, err}}, slog.New(slog.NewTextHandler(&said, nil)))
+			files := newBlobFiles(ctx, backend.Volume{Primary: failing{10_000, err}}, true, slog.New(slog.NewTextHandler(&said, nil)))
 			in := fuse.ReadIn{InHeader: fuse.InHeader{NodeId: firstBlob}, Size: 4096}
 			if result, st := files.Read(nil, &in, make([]byte, 4096)); st != fuse.EIO || result != nil {
 				t.Errorf("%v: %v, %v", err, result, st)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +27,11 @@ import (
 // umount(8) or otherwise, closes the files and thereby ends the connection and
 // the server; there is nothing else to clean up, not even by SIGKILL.
 //
+// An address of the image that leads past the end of its blob is EIO, as the files
+// have no end (see blobFiles). A loop device has: it is as long as the blob, since
+// what probes devices (blkid, udev) reads their last sectors. Past its end file data
+// is EIO, too, and metadata zeros (fs/buffer.c block_read_full_folio).
+//
 // It takes root and Linux 5.2 for mounting in no place (fsmount(2)). When the
 // server is killed, the kernel answers from its page cache, and all else with
 // EIO or, for metadata, ENOTCONN, until target is unmounted.
@@ -39,15 +43,16 @@ type mountFunc func(file, target string, o kmount.Options) (device string, err e
 
 // Mount mounts the image in v on target.
 func (b FileBackend) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
-	if err := check(ctx, v); err != nil {
+	whole, err := CheckVolume(ctx, v)
+	if err != nil {
 		return nil, err
 	}
-	files, err := serveBlobs(v, o)
+	files, err := serveBlobs(v, whole, o)
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, files.end)
-	err = apart(files.dev, func() error { return files.mountOver(b.mountFile, target, o) })
+	err = backend.Apart(func() error { return files.mountOver(b.mountFile, target, o) })
 	// From here on the mount alone holds the files.
 	err = errors.Join(err, unix.Close(files.tree))
 	if err != nil {
@@ -67,46 +72,48 @@ func (b FileBackend) Mount(ctx context.Context, v backend.Volume, target string,
 	return &mount{target: target, device: id, log: logger(o), done: files.done}, nil
 }
 
-// check has our own reader look at the image, since it says more than an errno.
-// What it does not know the kernel may.
+// CheckVolume has our own reader look at an image that the kernel will read, since
+// it says more than an errno. What it does not know the kernel may. It refuses an
+// image that is longer than its blob, which the kernel would read zeros from.
 //
-// It does not leave an image to the kernel that is longer than its blob: the
-// kernel reads zeros past the end of a file.
-func check(ctx context.Context, v backend.Volume) error {
+// whole says that no block of the image lies across the end of a source.
+func CheckVolume(ctx context.Context, v backend.Volume) (whole bool, err error) {
 	devices := make([]erofsfmt.ReaderAt, len(v.Devices))
 	for i, d := range v.Devices {
 		devices[i] = d
 	}
 	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices})
 	if errors.Is(err, erofsfmt.ErrUnsupported) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	sb := im.Super()
 	if size := v.Primary.Size(); sb.Blocks > uint64(size>>sb.BlockBits) {
-		return fmt.Errorf("the image says that it has %d blocks of %d bytes, and the blob ends after %d bytes: it was cut off", sb.Blocks, sb.BlockSize(), size)
+		return false, fmt.Errorf("the image says that it has %d blocks of %d bytes, and the blob ends after %d bytes: it was cut off", sb.Blocks, sb.BlockSize(), size)
 	}
+	whole = sb.Blocks > 0 || v.Primary.Size()%sb.BlockSize() == 0
 	for i, d := range v.Devices {
-		if size := d.Size(); sb.Devices[i].Blocks > uint64(size>>sb.BlockBits) {
-			return fmt.Errorf("the image says that its device %d has %d blocks of %d bytes, and the blob ends after %d bytes: it was cut off",
-				i+1, sb.Devices[i].Blocks, sb.BlockSize(), size)
+		blocks, size := sb.Devices[i].Blocks, d.Size()
+		if blocks > uint64(size>>sb.BlockBits) {
+			return false, fmt.Errorf("the image says that its device %d has %d blocks of %d bytes, and the blob ends after %d bytes: it was cut off",
+				i+1, blocks, sb.BlockSize(), size)
 		}
+		whole = whole && (blocks > 0 || size%sb.BlockSize() == 0)
 	}
-	return nil
+	return whole, nil
 }
 
 // servedBlobs are the sources of a volume as files of a FUSE mount.
 type servedBlobs struct {
-	n    int
-	dev  int             // the connection
-	tree int             // the mount: while this descriptor is open, there are paths to the files
-	end  func()          // fails the reads that are under way and all to come
-	done <-chan struct{} // closed when the kernel has ended the connection
+	sizes []int64
+	tree  int             // the mount: while this descriptor is open, there are paths to the files
+	end   func()          // fails the reads that are under way and all to come
+	done  <-chan struct{} // closed when the kernel has ended the connection
 }
 
-func serveBlobs(v backend.Volume, o backend.Options) (*servedBlobs, error) {
+func serveBlobs(v backend.Volume, whole bool, o backend.Options) (*servedBlobs, error) {
 	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, noDevice(err)
@@ -117,12 +124,16 @@ func serveBlobs(v backend.Volume, o backend.Options) (*servedBlobs, error) {
 	}
 	log := logger(o)
 	life, end := context.WithCancel(context.Background())
-	done, err := serve(newBlobFiles(life, v, log), dev, log, end)
+	done, err := serve(newBlobFiles(life, v, whole, log), dev, log, true, end)
 	if err != nil {
 		end()
 		return nil, errors.Join(err, unix.Close(tree))
 	}
-	return &servedBlobs{n: 1 + len(v.Devices), dev: dev, tree: tree, end: end, done: done}, nil
+	s := &servedBlobs{sizes: []int64{v.Primary.Size()}, tree: tree, end: end, done: done}
+	for _, d := range v.Devices {
+		s.sizes = append(s.sizes, d.Size())
+	}
+	return s, nil
 }
 
 // mountNowhere makes a FUSE mount of the connection dev that is not attached to
@@ -178,42 +189,12 @@ func (s *servedBlobs) mountOver(mountFile mountFunc, target string, o backend.Op
 	if err := forgoPoll(s.path(0)); err != nil {
 		return fmt.Errorf("open the served blob: %w", err)
 	}
-	over := kmount.Options{Flags: o.Flags.Flags}
-	for i := 1; i < s.n; i++ {
+	over := kmount.Options{Flags: o.Flags.Flags, Sizes: s.sizes}
+	for i := 1; i < len(s.sizes); i++ {
 		over.Devices = append(over.Devices, s.path(i))
 	}
 	_, err := mountFile(s.path(0), target, over)
 	return err
-}
-
-// apart runs f on a thread that has everything open but the connection dev.
-//
-// A thread that waits for an answer of FUSE cannot be killed, and the kernel ends
-// a connection when nobody has it open: a process that waits for itself and gets
-// SIGKILL would stay for ever.
-func apart(dev int, f func() error) error {
-	ended := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// The first thread does not end with its goroutine: it is held
-			// here, so that another one is taken.
-			defer runtime.UnlockOSThread()
-			ended <- apart(dev, f)
-			return
-		}
-		// Still locked when the goroutine ends, so that the thread ends, too.
-		err := unix.Unshare(unix.CLONE_FILES)
-		if err != nil {
-			ended <- fmt.Errorf("unshare: %w", err)
-			return
-		}
-		if err = unix.Close(dev); err == nil {
-			err = f()
-		}
-		ended <- err
-	}()
-	return <-ended
 }
 
 // forgoPoll has the kernel ask, once and for all, whether files of this mount can

@@ -28,24 +28,6 @@ import (
 	"github.com/erofs-oci/erofs-oci/tests/sourcetest"
 )
 
-// throughLoop does as kmount.MountFile on a kernel that mounts no files.
-func throughLoop(file, target string, o kmount.Options) (device string, err error) {
-	over := kmount.Options{Flags: o.Flags}
-	for i, name := range append([]string{file}, o.Devices...) {
-		l, err := kmount.AttachLoop(name)
-		if err != nil {
-			return "", err
-		}
-		defer l.Close()
-		if i == 0 {
-			device = l.Path()
-		} else {
-			over.Devices = append(over.Devices, l.Path())
-		}
-	}
-	return device, kmount.Mount(device, target, over)
-}
-
 // bothWays runs a test with FileBackend as it is and over loop devices, and looks
 // for loop devices that were left behind.
 func bothWays(t *testing.T, test func(t *testing.T, name string)) {
@@ -435,6 +417,44 @@ func TestFileUnmountInUse(t *testing.T) {
 	})
 }
 
+// TestFileAborted: where somebody aborts the connection, the server ends and says
+// so. The mount stays, and is errors until it is unmounted.
+func TestFileAborted(t *testing.T) {
+	bothWays(t, func(t *testing.T, name string) {
+		mountFile := kmount.MountFile
+		if name == "loop" {
+			mountFile = kmount.MountByLoop
+		}
+		var device string
+		b := fusefs.MountingBy(func(file, target string, o kmount.Options) (string, error) {
+			var st unix.Stat_t
+			if err := unix.Stat(file, &st); err != nil {
+				return "", err
+			}
+			device = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+			return mountFile(file, target, o)
+		})
+		m, dir, err := mountHere(t, b, t.Context(), volume(corpus.Get(t, "plain")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		abort(t, device)
+		if err := m.Wait(); err == nil || !strings.Contains(err.Error(), dir+" is still mounted") {
+			t.Errorf("the server ends with %v", err)
+		}
+		if _, err := os.ReadFile(filepath.Join(dir, "mixed", "half")); err == nil {
+			t.Error("a read that nobody answers succeeds")
+		}
+		if err := m.Unmount(); err != nil {
+			t.Error(err)
+		}
+		noMount(t, dir)
+		if err := m.Wait(); err != nil {
+			t.Errorf("after umount: %v", err)
+		}
+	})
+}
+
 // TestFileRefusals: what cannot be mounted is refused with the reason, and leaves
 // nothing.
 func TestFileRefusals(t *testing.T) {
@@ -479,19 +499,13 @@ func TestFileRefusals(t *testing.T) {
 	})
 }
 
-// Where the superblock has its sets of features.
-const (
-	featureCompat   = 1024 + 0x08
-	featureIncompat = 1024 + 0x50
-)
-
 // TestFileFailures: where the source or the kernel fails while it mounts, or the
 // caller gives up, nothing is left.
 func TestFileFailures(t *testing.T) {
 	bothWays(t, func(t *testing.T, name string) {
 		mountFile := kmount.MountFile
 		if name == "loop" {
-			mountFile = throughLoop
+			mountFile = kmount.MountByLoop
 		}
 		plain := corpus.Get(t, "plain").Data
 		for what, c := range map[string]struct {

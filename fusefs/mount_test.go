@@ -42,16 +42,27 @@ func backendFor(name string) (backend.Backend, error) {
 	case "file":
 		return fusefs.FileBackend{}, nil
 	case "loop":
-		return fusefs.MountingBy(throughLoop), nil
+		return fusefs.MountingBy(kmount.MountByLoop), nil
 	case "file, stuck":
 		return fusefs.MountingBy(stuckIn(kmount.MountFile)), nil
+	case "overlay, stuck in GETATTR":
+		return stuckOverlay("GETATTR"), nil
+	case "overlay, stuck in STATFS":
+		return stuckOverlay("STATFS"), nil
 	case "loop, stuck":
-		return fusefs.MountingBy(stuckIn(throughLoop)), nil
+		return fusefs.MountingBy(stuckIn(kmount.MountByLoop)), nil
 	}
 	return nil, fmt.Errorf("no backend %q", name)
 }
 
 func TestMain(m *testing.M) {
+	if path, ok := os.LookupEnv(mapEnv); ok {
+		if err := mapPages(path, os.Args[1:]); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		return
+	}
 	if image, ok := os.LookupEnv(serveEnv); ok {
 		if err := serve(image, os.Args[1]); err != nil {
 			fmt.Println(err)

@@ -78,7 +78,7 @@ func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o b
 		return nil, errors.Join(err, m.disconnect())
 	}
 	if err := m.leaveToKernel(ctx); err != nil {
-		return nil, errors.Join(err, kmount.Unmount(target, string(m.Device()), true), m.disconnect())
+		return nil, errors.Join(err, backend.Detach(target, m.Device(), true), m.disconnect())
 	}
 	go m.finish()
 	return m, nil
@@ -165,7 +165,7 @@ func (m *Mount) mount(ctx context.Context, o backend.Options) error {
 	case err != nil:
 		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
 	}
-	return errors.Join(context.Cause(ctx), kmount.Unmount(m.target, string(m.Device()), true))
+	return errors.Join(context.Cause(ctx), backend.Detach(m.target, m.Device(), true))
 }
 
 // leaveToKernel makes the devices end with the mount.
@@ -245,7 +245,7 @@ func (m *Mount) Device() backend.Device { return backend.Device(m.parts[0].devic
 // Wait returns when the kernel has disconnected the devices.
 func (m *Mount) Wait() error {
 	<-m.finished
-	var errs []error
+	errs := []error{backend.Gone(m.target, m.Device())}
 	for _, p := range m.parts {
 		errs = append(errs, p.server.Close())
 	}
@@ -255,10 +255,10 @@ func (m *Mount) Wait() error {
 // Unmount takes the mount away; one in use is detached, and ends with its last
 // user.
 func (m *Mount) Unmount() error {
-	err := kmount.Unmount(m.target, string(m.Device()), false)
+	err := backend.Detach(m.target, m.Device(), false)
 	if errors.Is(err, unix.EBUSY) {
 		m.log.Warn("in use: detached; the server ends with the last user", "dir", m.target)
-		err = kmount.Unmount(m.target, string(m.Device()), true)
+		err = backend.Detach(m.target, m.Device(), true)
 	}
 	return err
 }

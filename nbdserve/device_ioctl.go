@@ -42,23 +42,31 @@ func connectIoctl(ctx context.Context, o DeviceOptions) (*Device, []net.Conn, er
 		return nil, nil, err
 	}
 	err = errors.New("none is there")
-	for _, s := range all {
-		if s.Connected {
-			continue
-		}
+	for _, index := range free(all) {
 		var dev *ioctlDevice
 		var ours []net.Conn
-		if dev, ours, err = startIoctl(s.Index, o); err != nil {
+		if dev, ours, err = startIoctl(index, o); err != nil {
 			continue
 		}
-		number, err := awaitDevice(ctx, s.Index, o.Size)
+		number, err := awaitDevice(ctx, index, o.Size)
 		if err != nil {
 			closeConns(ours)
 			return nil, nil, errors.Join(err, dev.disconnect())
 		}
-		return &Device{a: o.attachment(s.Index), number: number, ioctl: dev}, ours, nil
+		return &Device{a: o.attachment(index), number: number, ioctl: dev}, ours, nil
 	}
-	return nil, nil, fmt.Errorf("connect an nbd device: %d devices, and none is free: %w", len(all), err)
+	return nil, nil, fmt.Errorf("connect an nbd device: %d devices, and none is free (erofs-oci list shows what a crash left): %w", len(all), err)
+}
+
+// free are the numbers of the devices that nobody has connected, served or not.
+func free(all []State) []int {
+	var numbers []int
+	for _, s := range all {
+		if !s.Connected {
+			numbers = append(numbers, s.Index)
+		}
+	}
+	return numbers
 }
 
 // startIoctl makes a device of the one with this number.

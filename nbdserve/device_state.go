@@ -30,6 +30,7 @@ type State struct {
 	// devices of those who set none.
 	Identifier string
 	Size       int64
+	Number     string // of the block device, as "major:minor"
 }
 
 // Path is the path of the device.
@@ -41,8 +42,41 @@ func DeviceState(index int) (State, error) { return readState(sysBlock, index) }
 
 // Devices returns the connected devices that this program made, whoever serves
 // them now.
-func Devices() ([]State, error) {
-	all, err := readStates(sysBlock)
+func Devices() ([]State, error) { return readDevices(sysBlock) }
+
+// Strays returns those of Devices that a crash left between connecting one and
+// recording it: their identifier is none of known, and who connected them is gone.
+//
+// The kernel tells that by its number in the first pid namespace. Elsewhere nobody
+// can say, and there are none.
+func Strays(known []string) ([]State, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/pid", &st); err != nil || st.Ino != initialPIDNS {
+		return nil, err
+	}
+	return readStrays(sysBlock, known, exists)
+}
+
+// initialPIDNS is the inode number of the first pid namespace (linux/nsfs.h
+// PID_NS_INIT_INO).
+const initialPIDNS = 0xEFFFFFFC
+
+// exists tells whether there is a process, or a thread, of this number.
+func exists(pid int) bool { return !errors.Is(unix.Kill(pid, 0), unix.ESRCH) }
+
+func readStrays(root string, known []string, exists func(pid int) bool) ([]State, error) {
+	all, err := readDevices(root)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // no sysfs
+	}
+	return slices.DeleteFunc(all, func(s State) bool {
+		return slices.Contains(known, s.Identifier) || exists(s.PID)
+	}), err
+}
+
+// readDevices is Devices.
+func readDevices(root string) ([]State, error) {
+	all, err := readStates(root)
 	return slices.DeleteFunc(all, func(s State) bool {
 		return !s.Connected || !strings.HasPrefix(s.Identifier, identifierPrefix)
 	}), err
@@ -86,6 +120,9 @@ func readState(root string, index int) (State, error) {
 		return s, fmt.Errorf("nbd device %d: its size: %w", index, err)
 	}
 	s.Size = n * 512
+	if s.Number, err = attribute(dir, "dev"); err != nil {
+		return s, err
+	}
 	// drivers/block/nbd.c nbd_start_device makes the file "pid", and with
 	// an identifier "backend"; both go when the device is disconnected.
 	pid, err := attribute(dir, "pid")
@@ -118,8 +155,8 @@ const (
 )
 
 // awaitDevice returns the number of the device when it has its size and its node.
-// Kernels that have
-// them when CONNECT returns are not waited for; others say so by an event.
+// Kernels that have them when CONNECT returns are not waited for; others say so by
+// an event.
 func awaitDevice(ctx context.Context, index int, size int64) (number string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, awaitPatience)
 	defer cancel()

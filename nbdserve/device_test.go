@@ -3,9 +3,11 @@ package nbdserve
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func TestDeviceOptions(t *testing.T) {
@@ -120,6 +123,7 @@ func TestReadState(t *testing.T) {
 	write("nbd0/size", "0\n")
 	write("nbd2/size", "8\n")
 	write("nbd2/pid", "77\n")
+	write("nbd2/dev", "43:32\n")
 	write("nbd10/size", "9\n")
 	write("nbd10/pid", "78\n")
 	write("nbd10/backend", "erofs-oci-X\n")
@@ -131,7 +135,7 @@ func TestReadState(t *testing.T) {
 	}
 	want := []State{
 		{Index: 0},
-		{Index: 2, Connected: true, PID: 77, Size: 4096},
+		{Index: 2, Connected: true, PID: 77, Size: 4096, Number: "43:32"},
 		{Index: 10, Connected: true, PID: 78, Size: 4608, Identifier: "erofs-oci-X"},
 	}
 	if !slices.Equal(got, want) {
@@ -143,6 +147,64 @@ func TestReadState(t *testing.T) {
 	write("nbd3/size", "many\n")
 	if _, err := readState(root, 3); err == nil || !strings.Contains(err.Error(), "its size") {
 		t.Errorf("a size that is none: %v", err)
+	}
+}
+
+// TestStrays: a device of this program without a record and without its process is
+// shown; it is in nobody's way.
+func TestStrays(t *testing.T) {
+	root := t.TempDir()
+	device := func(index int, pid, backend string) {
+		t.Helper()
+		dir := filepath.Join(root, fmt.Sprintf("nbd%d", index))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for name, text := range map[string]string{"size": "8", "dev": fmt.Sprintf("43:%d", index<<5), "pid": pid, "backend": backend} {
+			if text == "" {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	device(0, "10", "erofs-oci-RECORDED")
+	device(1, "10", "erofs-oci-STRAY")
+	device(2, "11", "erofs-oci-STARTING") // its process lives
+	device(3, "10", "of somebody else")
+	device(4, "10", "")
+	device(5, "", "")
+	device(6, "12", "erofs-oci-STRAY2")
+	device(7, "", "")
+	living := func(pid int) bool { return pid == 11 }
+	got, err := readStrays(root, []string{"erofs-oci-RECORDED", "erofs-oci-GONE"}, living)
+	want := []State{
+		{Index: 1, Connected: true, PID: 10, Identifier: "erofs-oci-STRAY", Size: 4096, Number: "43:32"},
+		{Index: 6, Connected: true, PID: 12, Identifier: "erofs-oci-STRAY2", Size: 4096, Number: "43:192"},
+	}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %+v, %v\nwant %+v", got, err, want)
+	}
+	all, err := readStates(root)
+	if numbers := free(all); err != nil || !slices.Equal(numbers, []int{5, 7}) {
+		t.Errorf("free are %v, %v", numbers, err)
+	}
+	if got, err := readStrays(filepath.Join(root, "no"), nil, living); err != nil || len(got) != 0 {
+		t.Errorf("without sysfs: %+v, %v", got, err)
+	}
+}
+
+func TestExists(t *testing.T) {
+	if !exists(os.Getpid()) || !exists(unix.Gettid()) || !exists(1) {
+		t.Error("a living process is taken for dead")
+	}
+	dead := exec.Command("true")
+	if err := dead.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if exists(dead.Process.Pid) {
+		t.Error("a dead process is taken for living")
 	}
 }
 

@@ -4,10 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,6 +20,9 @@ type Options struct {
 	// Devices are the extra devices of the image's device table, in its order:
 	// block devices, or files where the image itself is mounted from a file.
 	Devices []string
+	// Sizes are how many bytes there are in the image's file and in those of
+	// Devices, where that is not what the files say. A loop device ends there.
+	Sizes []int64
 }
 
 // data is what mount(2) passes to the file system: a device= option for each
@@ -63,38 +64,12 @@ func advice(err error) string {
 		return ": this kernel has no erofs; load the module (modprobe erofs)"
 	case errors.Is(err, unix.EPERM):
 		return ": mounting with the kernel's erofs takes root (CAP_SYS_ADMIN in the first user namespace); --backend=fuse does not"
+	case errors.Is(err, unix.EBADMSG):
+		return ": the checksum of the image's superblock is wrong: the image is damaged, or not whole"
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EUCLEAN):
 		return ": the kernel's erofs finds this image wrong, or of a kind that it does not know; dmesg has the reason"
 	case errors.Is(err, unix.EOPNOTSUPP):
 		return ": this kernel's erofs lacks what the image needs, such as a compression algorithm; dmesg has the reason"
 	}
 	return ""
-}
-
-// Unmount takes the mount of the device (as "major:minor") away from target, and
-// nothing else that may have been mounted there since: with lazy at once, the file
-// system itself ending with its last user. A mount that is gone already is no
-// error. The empty device is whatever is mounted there.
-func Unmount(target, device string, lazy bool) error {
-	if device != "" {
-		on, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return m.Mountpoint != target, false })
-		if err != nil {
-			return fmt.Errorf("unmount %s: %w", target, err)
-		}
-		is := func(m *mountinfo.Info) bool { return fmt.Sprintf("%d:%d", m.Major, m.Minor) == device }
-		if !slices.ContainsFunc(on, is) {
-			return nil
-		}
-		if !is(on[len(on)-1]) {
-			return fmt.Errorf("unmount %s: something else is mounted over it; unmount that first", target)
-		}
-	}
-	flags := unix.UMOUNT_NOFOLLOW
-	if lazy {
-		flags |= unix.MNT_DETACH
-	}
-	if err := unix.Unmount(target, flags); err != nil {
-		return fmt.Errorf("unmount %s: %w", target, err)
-	}
-	return nil
 }

@@ -91,7 +91,7 @@ func TestMountFile(t *testing.T) {
 			if err := unix.Statfs(dir, &st); err != nil || st.Flags&unix.ST_RDONLY == 0 || st.Flags&unix.ST_NOSUID == 0 {
 				t.Errorf("statfs: flags %#x, %v", st.Flags, err)
 			}
-			if err := Unmount(dir, "", false); err != nil {
+			if err := unix.Unmount(dir, 0); err != nil {
 				t.Fatal(err)
 			}
 			if left := backingOf(t, file); len(left) > 0 {
@@ -101,35 +101,64 @@ func TestMountFile(t *testing.T) {
 	}
 }
 
-// TestLoop is the older way, which MountFile does not take on a new kernel.
-func TestLoop(t *testing.T) {
+// TestMountByLoop is the older way, which MountFile does not take on a new kernel.
+func TestMountByLoop(t *testing.T) {
 	require.Has(t, "root", "kernel-erofs", "loop")
-	im := corpus.Get(t, "lz4")
-	file := write(t, "image", im.Data)
-	l, err := AttachLoop(file)
-	if err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"lz4", "multidev"} {
+		im := corpus.Get(t, name)
+		// More follows in the files than what is mounted.
+		more := make([]byte, 1<<20)
+		file := write(t, "image", append(more[:0:0], append(im.Data, more...)...))
+		o := Options{Sizes: []int64{int64(len(im.Data))}}
+		if im.Blob != nil {
+			o.Devices = []string{write(t, "blob", append(more[:0:0], append(im.Blob, more...)...))}
+			o.Sizes = append(o.Sizes, int64(len(im.Blob)))
+		}
+		dir := t.TempDir()
+		device, err := MountByLoop(file, dir, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sys := filepath.Join("/sys/block", filepath.Base(device))
+		for attribute, want := range map[string]string{
+			"size": fmt.Sprint(len(im.Data) / 512), "loop/sizelimit": fmt.Sprint(len(im.Data)), "loop/autoclear": "1", "ro": "1",
+		} {
+			if got, err := os.ReadFile(filepath.Join(sys, attribute)); err != nil || strings.TrimSpace(string(got)) != want {
+				t.Errorf("%s: %s is %q, %v; want %s", name, attribute, got, err, want)
+			}
+		}
+		got, err := tree.Walk(dir)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, d := range tree.Diff(im.Listing(t), got) {
+			t.Error(d)
+		}
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+		if left := backingOf(t, file); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
 	}
-	dir := t.TempDir()
-	err = Mount(l.Path(), dir, Options{})
-	if err := l.Close(); err != nil {
-		t.Error(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := tree.Walk(dir)
-	if err != nil {
-		t.Error(err)
-	}
-	for _, d := range tree.Diff(im.Listing(t), got) {
-		t.Error(d)
-	}
-	if err := Unmount(dir, "", false); err != nil {
-		t.Fatal(err)
-	}
-	if left := backingOf(t, file); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
+}
+
+// TestLoopSize: a device has whole sectors, and the file's end is its end.
+func TestLoopSize(t *testing.T) {
+	require.Has(t, "root", "loop")
+	file := write(t, "file", make([]byte, 4096))
+	for size, want := range map[int64]string{0: "8", 1: "1", 512: "1", 513: "2", 4096: "8", 1 << 40: "8"} {
+		l, err := AttachLoop(file, size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(l.Path()), "size"))
+		if err != nil || strings.TrimSpace(string(got)) != want {
+			t.Errorf("%d bytes: %q sectors, %v; want %s", size, got, err, want)
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -151,59 +180,13 @@ func TestRefusals(t *testing.T) {
 	if _, err := MountFile(file, dir, Options{}); err != nil {
 		t.Fatal(err)
 	}
-	held, err := os.Open(dir)
-	if err != nil {
+	if err := unix.Unmount(dir, 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := Unmount(dir, "", false); !errors.Is(err, unix.EBUSY) {
-		t.Errorf("in use: %v", err)
-	}
-	if err := Unmount(dir, "", true); err != nil {
-		t.Error(err)
-	}
-	if err := held.Close(); err != nil {
-		t.Error(err)
-	}
-	if err := Unmount(dir, "", false); !errors.Is(err, unix.EINVAL) {
-		t.Errorf("nothing mounted: %v", err)
-	}
-}
-
-// TestUnmountOfOurs mounts two images on one directory.
-func TestUnmountOfOurs(t *testing.T) {
-	require.Has(t, "root", "kernel-erofs", "loop")
-	file := write(t, "image", corpus.Get(t, "plain").Data)
-	dir := t.TempDir()
-	var devices [2]string
-	for i := range devices {
-		l, err := AttachLoop(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := Mount(l.Path(), dir, Options{}); err != nil {
-			t.Fatal(err)
-		}
-		var st unix.Stat_t
-		if err := unix.Stat(dir, &st); err != nil {
-			t.Fatal(err)
-		}
-		devices[i] = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	if err := Unmount(dir, devices[0], false); err == nil || !strings.Contains(err.Error(), "mounted over it") {
-		t.Errorf("below another: %v", err)
-	}
-	for _, d := range []string{devices[1], devices[0], devices[0], "999:999"} {
-		if err := Unmount(dir, d, false); err != nil {
-			t.Errorf("%s: %v", d, err)
-		}
-	}
-	if err := Unmount(dir, "", false); !errors.Is(err, unix.EINVAL) {
-		t.Errorf("something is left: %v", err)
-	}
-	if left := backingOf(t, file); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
+	damaged := corpus.Get(t, "plain").Data
+	damaged = append([]byte(nil), damaged...)
+	damaged[1024+0x30] ^= 1 // of the UUID, which the checksum covers
+	if _, err := MountFile(write(t, "damaged", damaged), dir, Options{}); !errors.Is(err, unix.EBADMSG) || !strings.Contains(err.Error(), "checksum") {
+		t.Errorf("a wrong checksum: %v", err)
 	}
 }
