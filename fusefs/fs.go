@@ -11,6 +11,10 @@
 //     kept;
 //   - a READDIR cookie is the position of an entry, as in the kernel's erofs.
 //
+// What it does beside answering is to keep the processors busy for who reads from
+// front to back (readahead.go, streams.go), and to give the page cache what a
+// random read had to decode beside what was asked for (surplus.go).
+//
 // The image cannot change, so entries and attributes, and names that are not
 // there, are valid for ever.
 //
@@ -26,6 +30,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/erofsfmt"
 )
 
@@ -49,6 +54,12 @@ type fileSystem struct {
 	sb   erofsfmt.Superblock
 	ids  nodeIDs
 	errs *errorLog
+	// device is the mount.
+	device backend.Device
+	// streams is set by Init if the kernel does not read far enough ahead.
+	streams *streams
+	// surplus is set by Init if the kernel takes it.
+	surplus *surplus
 	// trusted says that root may see trusted.* attributes: root of the first
 	// user namespace, the only one that the kernel lets read them.
 	trusted bool
@@ -73,6 +84,22 @@ func (f *fileSystem) Init(s *fuse.Server) {
 	flags := s.KernelSettings().Flags64()
 	f.noOpen = flags&fuse.CAP_NO_OPEN_SUPPORT != 0
 	f.noOpendir = flags&capNoOpendir != 0
+	if raiseReadahead(f.device) != nil {
+		f.streams = &streams{im: f.im, ctx: f.ctx}
+	}
+	if s.KernelSettings().SupportsNotify(fuse.NOTIFY_STORE_CACHE) {
+		f.surplus = &surplus{store: s.InodeNotifyStoreCache}
+	}
+}
+
+// end waits for what runs in the background, after ctx has ended.
+func (f *fileSystem) end() {
+	if f.streams != nil {
+		f.streams.wait()
+	}
+	if f.surplus != nil {
+		f.surplus.wait()
+	}
 }
 
 // inode reads the inode behind a FUSE node id.
@@ -153,10 +180,37 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 		return fuse.ReadResultData(nil), fuse.OK
 	}
 	buf = buf[:min(uint64(len(buf)), uint64(in.Size), size-in.Offset)]
-	if err := f.im.ReadFile(f.ctx, &ino, buf, int64(in.Offset)); err != nil {
+	if f.streams != nil && size > uint64(len(buf)) {
+		f.streams.saw(&ino, int64(in.Offset), int64(len(buf)))
+	}
+	if err := f.readFile(in, &ino, buf); err != nil {
 		return nil, f.fail("read", in.NodeId, err)
 	}
 	return fuse.ReadResultData(buf), fuse.OK
+}
+
+func (f *fileSystem) readFile(in *fuse.ReadIn, ino *erofsfmt.Inode, buf []byte) error {
+	off, n := int64(in.Offset), int64(len(buf))
+	if f.surplus == nil || n > surplusRead || n == ino.Size {
+		return f.im.ReadFile(f.ctx, ino, buf, off)
+	}
+	size, end := ino.Size, off+n
+	if begin, stop := f.surplus.around(in.NodeId, size, off, n); begin < stop {
+		w, _ := f.surplus.windows.Get().(*[window]byte)
+		if w == nil {
+			w = new([window]byte)
+		}
+		data := w[:stop-begin]
+		// Where the rest of the window cannot be read, what was asked for may.
+		if err := f.im.ReadFile(f.ctx, ino, data, begin); err == nil {
+			copy(buf, data[off-begin:])
+			f.surplus.give(in.NodeId, size, off, end, run{begin, data}, func() { f.surplus.windows.Put(w) })
+			return nil
+		}
+	}
+	return f.im.ReadFileSurplus(f.ctx, ino, buf, off, func(d *erofsfmt.Decoded) {
+		f.surplus.give(in.NodeId, size, off, end, run{d.Off, d.Data}, d.Release)
+	})
 }
 
 func (f *fileSystem) StatFs(_ <-chan struct{}, header *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {

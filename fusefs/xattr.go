@@ -6,6 +6,10 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
+// GetXAttr is asked each time, for images without extended attributes, too. ENOSYS
+// would have the kernel never ask again, but the format does not say that no inode
+// has any; and listxattr(2) would fail with EOPNOTSUPP from then on, where the
+// kernel's erofs lists nothing. ACLs the kernel remembers.
 func (f *fileSystem) GetXAttr(_ <-chan struct{}, header *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
 	ino, err := f.inode(header.NodeId)
 	if err != nil {
