@@ -10,6 +10,7 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 
@@ -19,22 +20,25 @@ import (
 
 func (p *program) inspectCommand() *cli.Command {
 	return &cli.Command{
-		Name:      "inspect",
-		Usage:     "show an image: manifest, platform, layers, and the superblock of its EROFS layer",
-		ArgsUsage: "REF",
-		Flags:     append([]cli.Flag{jsonFlag()}, sourceFlags()...),
-		Action:    p.inspect,
+		Name:        "inspect",
+		Usage:       "show an image: manifest, platform, layers, and the superblock of its EROFS layer",
+		ArgsUsage:   "REF",
+		Description: refHelp,
+		Flags:       append([]cli.Flag{jsonFlag()}, imageFlags()...),
+		Action:      p.inspect,
 	}
 }
 
 // inspection is what inspect prints; its JSON form is for programs.
 type inspection struct {
 	Reference string          `json:"reference"`
-	Digest    string          `json:"digest"`
+	Digest    string          `json:"digest,omitempty"`
 	Index     string          `json:"index,omitempty"`
-	MediaType string          `json:"mediaType"`
+	MediaType string          `json:"mediaType,omitempty"`
 	Platform  string          `json:"platform,omitempty"`
 	Layers    []inspectedBlob `json:"layers"`
+	// Files are what a local image is read from, its devices after it.
+	Files []inspectedFile `json:"files,omitempty"`
 	// Blob is the blob that mount would take; nil, with Problem saying why,
 	// where it would take none.
 	Blob    *inspectedBlob `json:"blob,omitempty"`
@@ -48,6 +52,11 @@ type inspectedBlob struct {
 	Size        int64             `json:"size"`
 	MediaType   string            `json:"mediaType,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
+}
+
+type inspectedFile struct {
+	Path string `json:"path"`
+	Size int64  `json:"size"`
 }
 
 type inspectedFS struct {
@@ -68,20 +77,12 @@ func (p *program) inspect(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	ref, err := registry.ParseReference(args[0])
+	options, err := p.readSourceOptions(c, args[0], newServerLog(p.stderr).Logger)
 	if err != nil {
 		return err
 	}
-	log := newServerLog(p.stderr).Logger
-	options, err := p.readSourceOptions(c, log)
-	if err != nil {
-		return err
-	}
-	o := &opened{}
-	if o.client, err = registry.New(options.client); err != nil {
-		return err
-	}
-	found, err := p.look(c.Context, o, ref, options)
+	o := &opened{ref: options.ref}
+	found, err := p.look(c.Context, o, options)
 	if err = errors.Join(err, o.Close()); err != nil {
 		return err
 	}
@@ -91,15 +92,47 @@ func (p *program) inspect(c *cli.Context) error {
 	return found.print(p.stdout)
 }
 
-// look resolves ref and reads as much of the chosen layer as its superblock
+// look finds the bytes that s names and reads as much of them as the superblock
 // needs. An image without a layer to mount is a finding, not an error.
-func (p *program) look(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions) (*inspection, error) {
+func (p *program) look(ctx context.Context, o *opened, s *sourceOptions) (found *inspection, err error) {
+	if s.ref.local() {
+		err = o.openFiles(ctx, append([]string{s.ref.path}, s.devices...), 0)
+		found = &inspection{Reference: s.ref.String(), Layers: []inspectedBlob{}}
+	} else {
+		found, err = p.lookAtRegistry(ctx, o, s)
+	}
+	if err != nil {
+		return nil, s.ref.hint(err)
+	}
+	if found.Problem != "" {
+		return found, nil
+	}
+	for _, f := range o.files {
+		found.Files = append(found.Files, inspectedFile{f.State().Path, f.Size()})
+	}
+	im, err := o.openErofs(ctx, s.memory)
+	if err != nil && (errors.Is(err, erofsfmt.ErrNotErofs) || errors.Is(err, erofsfmt.ErrCorrupt) || errors.Is(err, erofsfmt.ErrUnsupported)) {
+		found.Problem = o.explain(err).Error()
+		return found, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	found.Erofs = inspectFS(im.Super())
+	return found, nil
+}
+
+// lookAtRegistry resolves the reference and opens the layer that mount would take.
+func (p *program) lookAtRegistry(ctx context.Context, o *opened, s *sourceOptions) (*inspection, error) {
 	var err error
-	if o.image, err = o.client.Resolve(ctx, ref, s.selector); err != nil {
+	if o.client, err = registry.New(s.client); err != nil {
+		return nil, err
+	}
+	if o.image, err = o.client.Resolve(ctx, s.ref.registry, s.selector); err != nil {
 		return nil, err
 	}
 	found := &inspection{
-		Reference: ref.String(), Digest: o.image.Digest.String(), Index: o.image.IndexDigest.String(),
+		Reference: s.ref.String(), Digest: o.image.Digest.String(), Index: o.image.IndexDigest.String(),
 		MediaType: o.image.MediaType, Platform: o.image.Platform, Layers: []inspectedBlob{},
 	}
 	for _, l := range o.image.Layers {
@@ -111,19 +144,7 @@ func (p *program) look(ctx context.Context, o *opened, ref registry.Reference, s
 	}
 	blob := inspectBlob(o.layer)
 	found.Blob = &blob
-	if err := p.openBlob(o, ref, s, s.client.Logger); err != nil {
-		return nil, err
-	}
-	im, err := erofsfmt.Open(ctx, o.blob)
-	if err != nil && (errors.Is(err, erofsfmt.ErrNotErofs) || errors.Is(err, erofsfmt.ErrCorrupt) || errors.Is(err, erofsfmt.ErrUnsupported)) {
-		found.Problem = o.explain(err).Error()
-		return found, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	found.Erofs = inspectFS(im.Super())
-	return found, nil
+	return found, p.openBlob(o, s.ref.registry, s, s.client.Logger)
 }
 
 func inspectBlob(l registry.Layer) inspectedBlob {
@@ -148,12 +169,23 @@ func (f *inspection) print(w io.Writer) error {
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...))
 	}
-	line("reference:", "%s", f.Reference)
-	line("digest:", "%s", f.Digest)
+	line("reference:", "%s", printable(f.Reference))
+	for i, file := range f.Files {
+		name := "file:"
+		if i > 0 {
+			name = fmt.Sprintf("device %d:", i)
+		}
+		line(name, "%s  %d bytes", printable(file.Path), file.Size)
+	}
+	if f.Digest != "" {
+		line("digest:", "%s", f.Digest)
+	}
 	if f.Index != "" {
 		line("index:", "%s", f.Index)
 	}
-	line("media type:", "%s", printable(f.MediaType))
+	if f.MediaType != "" {
+		line("media type:", "%s", printable(f.MediaType))
+	}
 	if f.Platform != "" {
 		line("platform:", "%s", printable(f.Platform))
 	}
@@ -181,9 +213,10 @@ func (f *inspection) print(w io.Writer) error {
 	return t.Flush()
 }
 
-// printable leaves text as it is, and quotes what could steer a terminal.
+// printable leaves text as it is, and quotes what could steer a terminal or be
+// taken for something quoted.
 func printable(s string) string {
-	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+	if !utf8.ValidString(s) || strings.HasPrefix(s, `"`) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return strconv.Quote(s)
 	}
 	return s

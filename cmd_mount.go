@@ -20,7 +20,6 @@ import (
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/fusefs"
 	"github.com/erofs-oci/erofs-oci/nbdserve"
-	"github.com/erofs-oci/erofs-oci/registry"
 )
 
 func (p *program) mountCommand() *cli.Command {
@@ -28,7 +27,7 @@ func (p *program) mountCommand() *cli.Command {
 		Name:      "mount",
 		Usage:     "mount an EROFS layer of an image",
 		ArgsUsage: "REF DIR",
-		Description: "REF is [docker://]HOST/REPOSITORY[:TAG][@DIGEST]; without HOST it is docker.io's.\n" +
+		Description: refHelp +
 			"The command returns when DIR is usable; a server goes on in the background until\n" +
 			"DIR is unmounted, by erofs-oci umount, umount(8) or fusermount3 -u.",
 		Flags: append([]cli.Flag{
@@ -39,15 +38,14 @@ func (p *program) mountCommand() *cli.Command {
 			&cli.BoolFlag{Name: "tmpfs-overlay", Usage: "mount writable; keep what is written in memory, until the mount ends"},
 			&cli.IntFlag{Name: "nbd-connections", Value: 1, Usage: "with nbd: `N` sockets to the kernel's device; requests are concurrent on each"},
 			&cli.BoolFlag{Name: "supervise", Usage: "with nbd: start another server when this one dies; readers wait meanwhile"},
-		}, sourceFlags()...),
+		}, imageFlags()...),
 		Action: p.mount,
 	}
 }
 
 // mountRequest is a parsed mount command.
 type mountRequest struct {
-	ref         registry.Reference
-	name        string // the reference as it was typed, for /proc/mounts: mount -a compares it with fstab
+	name        string // for /proc/mounts
 	dir         string // as RealDir returns it
 	backend     string
 	reason      string // for the backend, where it was not the user who chose
@@ -57,6 +55,7 @@ type mountRequest struct {
 	supervise   bool
 	flags       backend.MountOptions
 	source      *sourceOptions
+	fuse        fusefs.Backend // for that backend
 }
 
 func (p *program) mount(c *cli.Context) error {
@@ -65,14 +64,15 @@ func (p *program) mount(c *cli.Context) error {
 		return err
 	}
 	log := newServerLog(p.stderr)
-	m, err := parseMount(c, args[0])
+	m, err := parseMount(c)
 	if err != nil {
 		return err
 	}
-	if m.dir, err = backend.CheckTarget(args[1]); err != nil {
+	if m.source, err = p.readSourceOptions(c, args[0], log.Logger); err != nil {
 		return err
 	}
-	if m.source, err = p.readSourceOptions(c, log.Logger); err != nil {
+	m.name, m.fuse.CacheBytes = m.source.ref.mountName(), m.source.memory
+	if m.dir, err = backend.CheckTarget(args[1]); err != nil {
 		return err
 	}
 	if m.reason != "" && p.child == nil {
@@ -98,9 +98,9 @@ func (s *sourceOptions) stdin() io.Reader {
 	return strings.NewReader(s.client.Password)
 }
 
-func parseMount(c *cli.Context, ref string) (m *mountRequest, err error) {
+func parseMount(c *cli.Context) (m *mountRequest, err error) {
 	m = &mountRequest{
-		name: ref, backend: c.String("backend"), connections: c.Int("nbd-connections"), supervise: c.Bool("supervise"),
+		backend: c.String("backend"), connections: c.Int("nbd-connections"), supervise: c.Bool("supervise"),
 		overlay: c.String("overlay"), inMemory: c.Bool("tmpfs-overlay"),
 	}
 	if m.flags, err = backend.ParseMountOptions(c.StringSlice("o")); err != nil {
@@ -126,8 +126,7 @@ func parseMount(c *cli.Context, ref string) (m *mountRequest, err error) {
 	if m.backend != backend.NBD && (m.supervise || c.IsSet("nbd-connections")) {
 		return nil, usagef("--supervise and --nbd-connections go with --backend=nbd, not %s", m.backend)
 	}
-	m.ref, err = registry.ParseReference(ref)
-	return m, err
+	return m, nil
 }
 
 // by is the backend that was asked for, below an overlay if one was.
@@ -135,16 +134,27 @@ func (m *mountRequest) by(image string) backend.Backend {
 	var b backend.Backend
 	switch m.backend {
 	case backend.NBD:
-		b = nbdBackend(m.connections, m.source.client.ErrorWait+nbdserve.TimeoutMargin)
+		b = checked{nbdBackend(m.connections, m.source.client.ErrorWait+nbdserve.TimeoutMargin)}
 	case backend.FILE:
 		b = fusefs.FileBackend{}
 	default:
-		b = fusefs.Backend{}
+		b = m.fuse
 	}
 	if m.overlay == "" && !m.inMemory {
 		return b
 	}
 	return backend.Overlay{Inner: b, Upper: m.overlay, Tmpfs: m.inMemory, Image: image}
+}
+
+// checked looks at the image before a backend that leaves it to the kernel, whose
+// reader takes what lies past the end of a block device for zeros.
+type checked struct{ backend.Backend }
+
+func (b checked) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
+	if _, err := fusefs.CheckVolume(ctx, v); err != nil {
+		return nil, err
+	}
+	return b.Backend.Mount(ctx, v, target, o)
 }
 
 // nbdBackend has a read fail before the kernel's timeout, also where it had to wait
@@ -170,25 +180,31 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 		return err
 	}
 	defer func() { err = errors.Join(err, claim.Release()) }()
+	if err := run.CheckUpper(m.overlay); err != nil {
+		return err
+	}
 	rec := backend.Record{
-		Reference: m.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
+		Reference: m.source.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
 		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
 		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
 	}
 	if err := claim.Write(rec); err != nil {
 		return err
 	}
-	src, err := p.open(ctx, m.ref, m.source, log.Logger)
+	src, err := p.open(ctx, m.source, log.Logger)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
-	mounted, err := m.by(src.layer.Digest.String()).Mount(ctx, backend.Volume{Primary: src.blob}, m.dir,
+	if err := src.checkDevices(ctx); err != nil {
+		return err
+	}
+	mounted, err := m.by(src.id).Mount(ctx, src.volume(), m.dir,
 		backend.Options{Name: m.name, Flags: m.flags, Log: log.Logger})
 	if err != nil {
 		return src.explain(err)
 	}
-	rec.Manifest, rec.Digest, rec.Size = src.image.Digest.String(), src.layer.Digest.String(), src.blob.Size()
+	src.record(&rec)
 	err = p.describe(mounted, &rec)
 	if err == nil {
 		err = p.announce(claim, log, rec)
@@ -280,10 +296,12 @@ type switchWriter struct{ w atomic.Pointer[io.Writer] }
 
 func (s *switchWriter) Write(p []byte) (int, error) { return (*s.w.Load()).Write(p) }
 
-func newServerLog(w io.Writer) *serverLog {
+func newServerLog(w io.Writer) *serverLog { return newServerLogAt(w, slog.LevelWarn) }
+
+func newServerLogAt(w io.Writer, level slog.Level) *serverLog {
 	out := &switchWriter{}
 	out.w.Store(&w)
-	return &serverLog{slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelWarn})), out}
+	return &serverLog{slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})), out}
 }
 
 func (l *serverLog) redirect(w io.Writer) { l.out.w.Store(&w) }

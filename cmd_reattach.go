@@ -102,7 +102,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 			err = errors.Join(err, claim.Abandon())
 		}
 	}()
-	src, devices, err := p.openRecorded(rec, password, log)
+	src, devices, err := p.openRecorded(ctx, rec, password, log)
 	if err != nil {
 		return err
 	}
@@ -123,25 +123,29 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 // takeOver serves the recorded devices from now on.
 func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attachment, src *opened, log *slog.Logger) (backend.Mount, error) {
 	mounted, err := nbdBackend(devices[0].Connections, devices[0].Timeout).Reattach(
-		ctx, backend.Volume{Primary: src.blob}, devices, rec.Dir, backend.Options{Log: log})
+		ctx, src.volume(), devices, rec.Dir, backend.Options{Log: log})
 	if err != nil {
 		return nil, err
 	}
 	if rec.Overlay == "" && !rec.TmpfsOverlay {
 		return mounted, nil
 	}
-	over := backend.Overlay{Upper: rec.Overlay, Tmpfs: rec.TmpfsOverlay, Image: rec.Digest}
+	over := backend.Overlay{Upper: rec.Overlay, Tmpfs: rec.TmpfsOverlay, Image: src.id}
 	return over.Resume(mounted, rec.Dir, rec.Device, log)
 }
 
 // openRecorded opens the blob of a record: by digest, whatever the reference
-// leads to now.
-func (p *program) openRecorded(rec backend.Record, password string, log *serverLog) (_ *opened, devices []nbdserve.Attachment, err error) {
+// leads to now, or the files, if they are what they were.
+func (p *program) openRecorded(ctx context.Context, rec backend.Record, password string, log *serverLog) (_ *opened, devices []nbdserve.Attachment, err error) {
 	if err := json.Unmarshal(rec.NBD, &devices); err != nil {
 		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
 	}
 	if len(devices) == 0 {
 		return nil, nil, fmt.Errorf("the record of %s: no device", rec.Dir)
+	}
+	if len(rec.Files) > 0 {
+		o, err := reopenFiles(ctx, rec)
+		return o, devices, err
 	}
 	ref, err := registry.ParseReference(rec.Reference)
 	if err != nil {
@@ -155,6 +159,9 @@ func (p *program) openRecorded(rec backend.Record, password string, log *serverL
 		PlainHTTP: rec.Access.PlainHTTP, AuthFile: rec.Access.AuthFile, ErrorWait: wait, Logger: log.Logger,
 		Username: rec.Access.Username, Password: password,
 	}}
+	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
+		return nil, nil, err
+	}
 	if s.client.Username != "" && password == "" {
 		return nil, nil, fmt.Errorf("%s was mounted as user %s: give the password with reattach --password-stdin", rec.Dir, rec.Access.Username)
 	}

@@ -16,7 +16,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/nbdserve"
-	"github.com/erofs-oci/erofs-oci/registry"
 )
 
 const (
@@ -47,7 +46,6 @@ func (p *program) serveCommand() *cli.Command {
 
 // serveRequest is a parsed serve command.
 type serveRequest struct {
-	ref     registry.Reference
 	address nbdAddress
 	tls     *tls.Config
 	source  *sourceOptions
@@ -68,9 +66,6 @@ func (p *program) serve(c *cli.Context) error {
 	log := newServerLog(p.stderr)
 	s := &serveRequest{}
 	var err error
-	if s.ref, err = registry.ParseReference(ref); err != nil {
-		return err
-	}
 	if s.address, err = parseNBDAddress(addr); err != nil {
 		return err
 	}
@@ -81,7 +76,7 @@ func (p *program) serve(c *cli.Context) error {
 	if !s.address.private() && !authenticated && !c.Bool("public") {
 		return usagef("--nbd %s: everybody who reaches this address could read the image; demand certificates with --tls-client-ca, or say --public", addr)
 	}
-	if s.source, err = p.readSourceOptions(c, log.Logger); err != nil {
+	if s.source, err = p.readSourceOptions(c, ref, log.Logger); err != nil {
 		return err
 	}
 	return p.serveNBD(c.Context, s, log)
@@ -89,13 +84,13 @@ func (p *program) serve(c *cli.Context) error {
 
 // serveNBD serves until ctx ends.
 func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog) (err error) {
-	src, err := p.open(ctx, s.ref, s.source, log.Logger)
+	src, err := p.open(ctx, s.source, log.Logger)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
 	server, err := nbdserve.NewServer(
-		nbdserve.Export{Description: fmt.Sprintf("%s %s", s.ref, src.layer.Digest), Source: src.blob},
+		nbdserve.Export{Description: fmt.Sprintf("%s %s", src.ref, src.id), Source: src.volume().Primary},
 		nbdserve.Options{TLS: s.tls, Log: log.Logger})
 	if err != nil {
 		return err

@@ -29,6 +29,9 @@ func main() {
 	if calledAsHelper(os.Args) {
 		os.Exit(runHelper(os.Args, os.Stdin, os.Stdout, os.Stderr))
 	}
+	if calledAsPeer(os.Args) {
+		os.Exit(runPeer(os.Args, os.Stdin, os.Stdout, os.Stderr))
+	}
 	os.Exit(run(os.Args, os.Stdin, os.Stdout, os.Stderr))
 }
 
@@ -93,8 +96,9 @@ func (p *program) app() *cli.App {
 		Reader:                    p.stdin,
 		Writer:                    p.stdout,
 		ErrWriter:                 p.stderr,
-		Commands: []*cli.Command{p.mountCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand(),
-			p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.doctorCommand(), p.helperCommand()},
+		Commands: []*cli.Command{p.mountCommand(), p.fuseCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand(),
+			p.lsCommand(), p.catCommand(), p.statCommand(), p.extractCommand(),
+			p.checkCommand(), p.dumpCommand(), p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.doctorCommand(), p.helperCommand()},
 		// run prints errors and chooses the exit code.
 		ExitErrHandler: func(*cli.Context, error) {},
 		Action: func(c *cli.Context) error {
@@ -145,15 +149,22 @@ func exitCode(err error) int {
 // looks like an option after them would be taken for an argument.
 func arguments(c *cli.Context, names ...string) ([]string, error) {
 	args := c.Args().Slice()
-	for _, a := range args {
-		if len(a) > 1 && strings.HasPrefix(a, "-") {
-			return nil, usagef("option %s must come before %s; see erofs-oci %s --help", a, names[0], c.Command.Name)
-		}
+	if err := noOptions(c, args, names[0]); err != nil {
+		return nil, err
 	}
 	if len(args) != len(names) {
 		return nil, usagef("%s takes %s, not %d arguments; see erofs-oci %s --help", c.Command.Name, strings.Join(names, " and "), len(args), c.Command.Name)
 	}
 	return args, nil
+}
+
+func noOptions(c *cli.Context, args []string, first string) error {
+	for _, a := range args {
+		if len(a) > 1 && strings.HasPrefix(a, "-") {
+			return usagef("option %s must come before %s; see erofs-oci %s --help", a, first, c.Command.Name)
+		}
+	}
+	return nil
 }
 
 // version is the module's version, and the commit where the build knows it.

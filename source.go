@@ -28,6 +28,8 @@ func sourceFlags() []cli.Flag {
 		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N`, counted from 0 (default: the only EROFS layer)", DefaultText: "the only EROFS layer"},
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "speak plain HTTP to the registry"},
+		&cli.StringFlag{Name: "tls-ca", Usage: "trust the certificate authorities in `FILE` (PEM) as well as the system's"},
+		&cli.BoolFlag{Name: "tls-verify", Value: true, Usage: "--tls-verify=false takes any certificate of a registry for good"},
 		&cli.StringFlag{Name: "username", Aliases: []string{"u"}, Usage: "log in as `NAME`"},
 		&cli.BoolFlag{Name: "password-stdin", Usage: "read the password from standard input"},
 		&cli.StringFlag{Name: "authfile", Usage: "read credentials from `FILE` (default: those of podman login and docker login)"},
@@ -36,15 +38,29 @@ func sourceFlags() []cli.Flag {
 	}
 }
 
+// imageFlags are those of a command that reads images: from a registry, or from
+// files.
+func imageFlags() []cli.Flag {
+	return append([]cli.Flag{
+		&cli.StringSliceFlag{Name: "device", Usage: "of an image in a file: the next extra device of its device table is in `FILE`"},
+		&cli.StringFlag{Name: "memory", Value: "64MiB", Usage: "let our own reader remember at most `SIZE` of metadata and decoded data"},
+	}, sourceFlags()...)
+}
+
 // passwordLimit bounds what is read as a password.
 const passwordLimit = 64 << 10
 
-// sourceOptions are the parsed source flags.
+// sourceOptions are what is to be read: a reference, and the parsed flags.
 type sourceOptions struct {
+	ref      imageRef
+	devices  []string // paths of extra devices, absolute
+	offset   int64    // where in its file the image begins
+	memory   int64    // as erofsfmt.Options.CacheBytes
 	client   registry.Options
 	selector registry.Selector
 	cacheDir string
 	onError  string
+	tlsCA    string
 }
 
 // access is what of the options another process needs to reach the same blob; the
@@ -52,46 +68,84 @@ type sourceOptions struct {
 func (s *sourceOptions) access() backend.Access {
 	return backend.Access{
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
-		OnError: s.onError, CacheDir: s.cacheDir,
+		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 	}
 }
 
-// readSourceOptions checks the source flags. The password is read by the process
-// that will use it.
-func (p *program) readSourceOptions(c *cli.Context, log *slog.Logger) (*sourceOptions, error) {
-	wait, err := parseOnError(c.String("on-error"))
+// secure has the registry's certificates checked as the user wants it: against
+// those of the host (certs.d), and those in the file ca.
+func (s *sourceOptions) secure(ca string, verify bool) (err error) {
+	s.client.CertDirs, s.client.SkipTLSVerify = registry.DefaultCertDirs(), !verify
+	if ca == "" {
+		return nil
+	}
+	// A server in the background has another working directory.
+	if s.tlsCA, err = filepath.Abs(ca); err != nil {
+		return err
+	}
+	s.client.RootCAs, err = registry.LoadCAs(s.tlsCA)
+	return err
+}
+
+// readSourceOptions reads a reference and checks the flags of the command, which
+// has the sourceFlags or the imageFlags. The password is read by the process that
+// will use it.
+func (p *program) readSourceOptions(c *cli.Context, name string, log *slog.Logger) (*sourceOptions, error) {
+	ref, err := parseRef(name)
 	if err != nil {
 		return nil, err
+	}
+	s := &sourceOptions{ref: ref}
+	if c.IsSet("memory") {
+		if s.memory, err = parseMemory(c.String("memory")); err != nil {
+			return nil, err
+		}
+	}
+	if s.ref.local() {
+		return s, s.localOptions(c)
+	}
+	if c.IsSet("device") {
+		return nil, usagef("--device goes with an image in a file, and %s is of a registry", name)
+	}
+	return s, p.registryOptions(c, s, log)
+}
+
+// registryOptions checks the flags that say how a registry is spoken to.
+func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Logger) error {
+	wait, err := parseOnError(c.String("on-error"))
+	if err != nil {
+		return err
 	}
 	authFile := c.String("authfile")
 	if authFile != "" {
 		// A server in the background has another working directory.
 		if authFile, err = filepath.Abs(authFile); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	cacheDir := c.String("cache-dir")
 	if cacheDir != "" {
 		if cacheDir, err = filepath.Abs(cacheDir); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	s := &sourceOptions{
-		onError: c.String("on-error"),
-		client: registry.Options{
-			PlainHTTP: c.Bool("plain-http"),
-			Username:  c.String("username"),
-			AuthFile:  authFile,
-			ErrorWait: wait,
-			Logger:    log,
-		},
-		selector: registry.Selector{Platform: c.String("platform")},
-		cacheDir: cacheDir,
+	s.onError = c.String("on-error")
+	s.client = registry.Options{
+		PlainHTTP: c.Bool("plain-http"),
+		Username:  c.String("username"),
+		AuthFile:  authFile,
+		ErrorWait: wait,
+		Logger:    log,
+	}
+	s.selector = registry.Selector{Platform: c.String("platform")}
+	s.cacheDir = cacheDir
+	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
+		return err
 	}
 	if err := p.passwordOption(c, s); err != nil {
-		return nil, err
+		return err
 	}
-	return s, selectLayer(c, s)
+	return selectLayer(c, s)
 }
 
 func selectLayer(c *cli.Context, s *sourceOptions) error {
@@ -169,33 +223,44 @@ func parseOnError(v string) (time.Duration, error) {
 	return wait, nil
 }
 
-// opened is a chosen layer, ready to be read through the cache.
+// opened is a volume, ready to be read: a layer of a registry's image through the
+// cache, or files.
 type opened struct {
+	ref imageRef
+	id  string // tells the image from others: a digest
+
 	client *registry.Client
 	image  *registry.Image
 	layer  registry.Layer
 	cache  *blobcache.Cache
 	blob   *blobcache.Blob
+
+	files   []*backend.File      // the image and its devices
+	primary backend.Source       // the image in the first of them
+	super   *erofsfmt.Superblock // set by openErofs
 }
 
-// open resolves ref and opens the layer that the options choose.
-func (p *program) open(ctx context.Context, ref registry.Reference, s *sourceOptions, log *slog.Logger) (_ *opened, err error) {
-	o := &opened{}
+// open opens what s names.
+func (p *program) open(ctx context.Context, s *sourceOptions, log *slog.Logger) (_ *opened, err error) {
+	o := &opened{ref: s.ref}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, o.Close())
+			err = errors.Join(s.ref.hint(err), o.Close())
 		}
 	}()
+	if s.ref.local() {
+		return o, o.openFiles(ctx, append([]string{s.ref.path}, s.devices...), s.offset)
+	}
 	if o.client, err = registry.New(s.client); err != nil {
 		return nil, err
 	}
-	if o.image, err = o.client.Resolve(ctx, ref, s.selector); err != nil {
+	if o.image, err = o.client.Resolve(ctx, s.ref.registry, s.selector); err != nil {
 		return nil, err
 	}
 	if o.layer, err = o.client.ErofsLayer(ctx, o.image, s.selector); err != nil {
 		return nil, err
 	}
-	return o, p.openBlob(o, ref, s, log)
+	return o, p.openBlob(o, s.ref.registry, s, log)
 }
 
 // openBlob opens o.layer, which may come from a manifest or from a record.
@@ -211,12 +276,81 @@ func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, 
 	if o.cache, err = blobcache.New(dir, blobcache.Options{Logger: log}); err != nil {
 		return err
 	}
-	o.blob, err = o.cache.Open(o.layer.Digest.String(), blob.Size(), blob)
+	o.id = o.layer.Digest.String()
+	o.blob, err = o.cache.Open(o.id, blob.Size(), blob)
 	return err
 }
 
-// explain adds to an error of the layer's bytes which layer was looked at.
+// volume is what was opened, for a backend.
+func (o *opened) volume() backend.Volume {
+	if o.blob != nil {
+		return backend.Volume{Primary: o.blob}
+	}
+	v := backend.Volume{Primary: o.primary}
+	for _, f := range o.files[1:] {
+		v.Devices = append(v.Devices, f)
+	}
+	return v
+}
+
+// record notes what another server needs to open the same.
+func (o *opened) record(rec *backend.Record) {
+	rec.Size = o.volume().Primary.Size()
+	if o.blob != nil {
+		rec.Manifest, rec.Digest = o.image.Digest.String(), o.id
+	}
+	for _, f := range o.files {
+		rec.Files = append(rec.Files, f.State())
+	}
+}
+
+// openErofs opens the image in what was opened.
+func (o *opened) openErofs(ctx context.Context, memory int64) (*erofsfmt.Image, error) {
+	v := o.volume()
+	devices := make([]erofsfmt.ReaderAt, len(v.Devices))
+	for i, d := range v.Devices {
+		devices[i] = d
+	}
+	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices, CacheBytes: memory})
+	if err != nil {
+		return nil, err
+	}
+	super := im.Super()
+	o.super = &super
+	return im, nil
+}
+
+// openedImage is an image that a command reads by itself. Volume is where its
+// bytes come from.
+type openedImage struct {
+	*opened
+	Image  *erofsfmt.Image
+	Volume backend.Volume
+}
+
+// openImage opens the image that ref names, for a command with the imageFlags.
+// Errors of Image are to be passed through explain.
+func (p *program) openImage(c *cli.Context, ref string, log *slog.Logger) (*openedImage, error) {
+	s, err := p.readSourceOptions(c, ref, log)
+	if err != nil {
+		return nil, err
+	}
+	o, err := p.open(c.Context, s, log)
+	if err != nil {
+		return nil, err
+	}
+	im, err := o.openErofs(c.Context, s.memory)
+	if err != nil {
+		return nil, errors.Join(o.explain(err), o.Close())
+	}
+	return &openedImage{opened: o, Image: im, Volume: o.volume()}, nil
+}
+
+// explain adds to an error of the image's bytes what was looked at.
 func (o *opened) explain(err error) error {
+	if o.ref.local() {
+		return o.explainLocal(err)
+	}
 	if !errors.Is(err, erofsfmt.ErrNotErofs) {
 		return err
 	}
@@ -241,6 +375,9 @@ func (o *opened) Close() error {
 	}
 	if o.client != nil {
 		errs = append(errs, o.client.Close())
+	}
+	for _, f := range o.files {
+		errs = append(errs, f.Close())
 	}
 	return errors.Join(errs...)
 }
