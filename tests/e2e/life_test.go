@@ -1,8 +1,6 @@
 package e2e
 
 import (
-	"bytes"
-	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -11,27 +9,13 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
 // TestKilledServer: a mount whose server was killed is shown as dead, says so to
 // who mounts there again, and is cleared by umount.
 func TestKilledServer(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	server := s.pidfd(dir)
-	if err := syscall.Kill(s.entry(dir).PID, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	awaitEnd(t, server)
+	im, s, dir, f := servedAndOpen(t)
+	s.end(dir, syscall.SIGKILL)
 	if _, err := f.ReadAt(make([]byte, 1), 0); err == nil {
 		t.Error("a read of a dead mount succeeds")
 	}
@@ -50,32 +34,10 @@ func TestKilledServer(t *testing.T) {
 	s.nothingLeft(dir)
 }
 
-// nothingLeft fails the test if a mount, a record or a cached byte is left.
-func (s *session) nothingLeft(dir string) {
-	s.t.Helper()
-	if mounted(s.t, dir) {
-		s.t.Errorf("%s is still mounted", dir)
-	}
-	for _, d := range []string{"run", "cache/erofs-oci"} {
-		left, err := os.ReadDir(filepath.Join(s.dir, d))
-		if err != nil && !errors.Is(err, os.ErrNotExist) || len(left) != 0 {
-			s.t.Errorf("left in %s: %v, %v", d, left, err)
-		}
-	}
-}
-
 // TestBusy: umount refuses a mount in use with a reason; --lazy detaches it, and
 // its reader goes on.
 func TestBusy(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	im, s, dir, f := servedAndOpen(t)
 	server := s.pidfd(dir)
 	wantLine(t, s.run(binary, "umount", dir), "busy", "--lazy")
 	if !mounted(t, dir) {
@@ -95,48 +57,21 @@ func TestBusy(t *testing.T) {
 	s.nothingLeft(dir)
 }
 
-// readAndClose reads from a file that no directory leads to any more, and lets
-// go of it.
-func readAndClose(t *testing.T, f *os.File) {
-	t.Helper()
-	got := make([]byte, 4096)
-	if _, err := f.ReadAt(got, bigSize/2); err != nil || !bytes.Equal(got, content(bigFile, bigSize)[bigSize/2:bigSize/2+4096]) {
-		t.Errorf("a reader of a detached mount: %v", err)
-	}
-	if err := f.Close(); err != nil {
-		t.Error(err)
-	}
-}
-
 // TestForeground: the mount is there while the command runs; SIGINT, SIGTERM
 // and a closed terminal unmount and end it with success.
 func TestForeground(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
+	im, _ := served(t)
 	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
 		s := newSession(t)
 		dir := s.target()
-		cmd := s.command(context.Background(), binary, "mount", "--foreground", im.ref, dir)
-		var stderr bytes.Buffer
-		cmd.Stderr = &stderr
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		running := func() bool { l := s.list(); return len(l) == 1 && l[0].State == "running" }
-		if err := awaitDir(filepath.Join(s.dir, "run"), "running", running); err != nil {
-			t.Fatalf("%v: %s", err, stderr.String())
-		}
-		if got, err := os.ReadFile(filepath.Join(dir, deepFile)); err != nil || !bytes.Equal(got, content(deepFile, deepSize)) {
-			t.Errorf("read %d bytes, %v", len(got), err)
-		}
+		cmd := s.serveHere(im.ref, dir)
+		showsImage(t, dir)
 		if e := s.entry(dir); e.PID != cmd.Process.Pid {
 			t.Errorf("listed with pid %d, is %d", e.PID, cmd.Process.Pid)
 		}
-		if err := cmd.Process.Signal(sig); err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Wait(); err != nil || stderr.Len() != 0 {
-			t.Errorf("%v: %v, %q", sig, err, stderr.String())
+		must(t, cmd.Process.Signal(sig))
+		if err := cmd.Wait(); err != nil || cmd.stderr.Len() != 0 {
+			t.Errorf("%v: %v, %q", sig, err, cmd.stderr.String())
 		}
 		s.nothingLeft(dir)
 	}
@@ -145,18 +80,9 @@ func TestForeground(t *testing.T) {
 // TestTerminatedInUse: a server that is told to end while a file is open detaches,
 // serves the reader until it closes, and ends.
 func TestTerminatedInUse(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, s, dir, f := servedAndOpen(t)
 	server := s.pidfd(dir)
-	if err := syscall.Kill(s.entry(dir).PID, syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	s.signal(dir, syscall.SIGTERM)
 	awaitMounts(t, "detached", func() bool { return !mounted(t, dir) })
 	readAndClose(t, f)
 	awaitEnd(t, server)
@@ -166,10 +92,7 @@ func TestTerminatedInUse(t *testing.T) {
 // TestOtherMounts: what somebody mounted over a mount of ours is not ours to take
 // away.
 func TestOtherMounts(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
+	_, s, dir := servedAndMounted(t)
 	server := s.pidfd(dir)
 	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
 	covered := true
@@ -181,14 +104,12 @@ func TestOtherMounts(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(dir, "precious"), nil, 0o600))
 	wantLine(t, s.run(binary, "umount", dir), "something else is mounted over it")
 	wantLine(t, s.run(binary, "umount", "--lazy", dir), "something else is mounted over it")
-	must(t, syscall.Kill(s.entry(dir).PID, syscall.SIGTERM))
+	s.signal(dir, syscall.SIGTERM)
 	log := s.entry(dir).Log
-	if err := awaitDir(filepath.Dir(log), "the refusal is logged", func() bool {
+	must(t, awaitDir(filepath.Dir(log), "the refusal is logged", func() bool {
 		b, err := os.ReadFile(log)
 		return err == nil && strings.Contains(string(b), "something else is mounted over it")
-	}); err != nil {
-		t.Fatal(err)
-	}
+	}))
 	if _, err := os.Stat(filepath.Join(dir, "precious")); err != nil {
 		t.Errorf("the other file system is gone: %v", err)
 	}
@@ -199,22 +120,11 @@ func TestOtherMounts(t *testing.T) {
 	s.nothingLeft(dir)
 }
 
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // TestAnotherRunDir: a mount that this run directory does not know is neither
 // taken for a dead one nor detached under its readers.
 func TestAnotherRunDir(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s, other := newSession(t), newSession(t)
-	dir := s.mount(im.ref)
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	must(t, err)
+	im, s, dir, f := servedAndOpen(t)
+	other := newSession(t)
 	wantLine(t, other.run(binary, "mount", im.ref, dir), "already mounted", "another user")
 	wantLine(t, other.run(binary, "umount", dir), "busy")
 	readAndClose(t, f)
@@ -227,18 +137,12 @@ func TestAnotherRunDir(t *testing.T) {
 // TestStaleRecord: the record of a killed server whose mount somebody else took
 // away is not taken for the next server's.
 func TestStaleRecord(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
-	server := s.pidfd(dir)
-	must(t, syscall.Kill(s.entry(dir).PID, syscall.SIGKILL))
-	awaitEnd(t, server)
+	im, s, dir := servedAndMounted(t)
+	s.end(dir, syscall.SIGKILL)
 	must(t, unix.Unmount(dir, 0))
 	fault, asked := stall(t)
 	im.SetFault(fault)
-	cmd := s.command(context.Background(), binary, "mount", "--foreground", im.ref, dir)
-	must(t, cmd.Start())
+	cmd := s.start(im.ref, dir, "--foreground")
 	<-asked
 	if e := s.entry(dir); e.State != "starting" || e.PID != cmd.Process.Pid {
 		t.Errorf("listed as %+v, pid is %d", e, cmd.Process.Pid)
@@ -252,14 +156,11 @@ func TestStaleRecord(t *testing.T) {
 
 // TestOrphan: a mount whose starter was killed before it was ready gives up.
 func TestOrphan(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
+	im, s := served(t)
 	fault, asked := stall(t)
 	im.SetFault(fault)
-	s := newSession(t)
 	dir := s.target()
-	cmd := s.command(context.Background(), binary, "mount", im.ref, dir)
-	must(t, cmd.Start())
+	cmd := s.start(im.ref, dir)
 	<-asked
 	server := s.pidfd(dir)
 	must(t, cmd.Process.Kill())
@@ -272,13 +173,11 @@ func TestOrphan(t *testing.T) {
 
 // TestBrokenStderr: a server outlives the one who read its messages.
 func TestBrokenStderr(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
+	im, s := served(t)
 	dir := s.target()
 	r, w, err := os.Pipe()
 	must(t, err)
-	cmd := s.command(context.Background(), binary, "mount", "--foreground", "--on-error=wait:1s", im.ref, dir)
+	cmd := s.command(t.Context(), binary, "mount", "--foreground", "--on-error=wait:1s", im.ref, dir)
 	cmd.Stderr = w
 	must(t, cmd.Start())
 	must(t, w.Close())
@@ -301,27 +200,18 @@ func TestBrokenStderr(t *testing.T) {
 
 // TestInterruptedMount: Ctrl-C while a mount waits for a registry leaves nothing.
 func TestInterruptedMount(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
+	im, s := served(t)
 	fault, asked := stall(t)
 	im.SetFault(fault)
-	s := newSession(t)
 	dir := s.target()
-	cmd := s.command(context.Background(), binary, "mount", im.ref, dir)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	cmd := s.start(im.ref, dir)
 	<-asked
-	if err := cmd.Process.Signal(os.Interrupt); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Process.Signal(os.Interrupt))
 	if err := cmd.Wait(); err == nil {
 		t.Error("an interrupted mount succeeds")
 	}
-	if stderr.String() != "erofs-oci: interrupted\n" {
-		t.Errorf("said %q", stderr.String())
+	if said := cmd.stderr.String(); said != "erofs-oci: interrupted\n" {
+		t.Errorf("said %q", said)
 	}
 	s.nothingLeft(dir)
 }

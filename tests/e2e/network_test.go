@@ -20,7 +20,6 @@ import (
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
-	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
 // chunk is what the cache fetches at a time.
@@ -105,10 +104,7 @@ func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 
 // TestOneFile: what mounting and one small file deep in the tree cost.
 func TestOneFile(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
+	im, s, dir := servedAndMounted(t)
 	got, err := os.ReadFile(filepath.Join(dir, deepFile))
 	if err != nil || !bytes.Equal(got, content(deepFile, deepSize)) {
 		t.Fatalf("read %d bytes, %v", len(got), err)
@@ -132,10 +128,7 @@ func TestOneFile(t *testing.T) {
 
 // TestParallelReaders: ten processes read one cold file; no byte travels twice.
 func TestParallelReaders(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
+	im, _, dir := servedAndMounted(t)
 	want := content(bigFile, bigSize)
 	var readers sync.WaitGroup
 	for range 10 {
@@ -174,24 +167,12 @@ func TestParallelReaders(t *testing.T) {
 // TestRegistryDies: the reader of a dead registry gets EIO in time, never zeros,
 // and goes on reading the same open file when the registry is back.
 func TestRegistryDies(t *testing.T) {
-	require.Has(t, "root", "fuse")
 	const wait = 2 * time.Second
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref, "--on-error=wait:"+wait.String())
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	want := content(bigFile, bigSize)
-	got := make([]byte, 4096)
-	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, want[:4096]) {
-		t.Fatalf("before: %v", err)
-	}
+	im, s, dir, f := servedAndOpen(t, "--on-error=wait:"+wait.String())
+	shows(t, f, 0, "before")
 	im.Stop()
 	begin := time.Now()
-	n, err := f.ReadAt(got, bigSize/2)
+	n, err := f.ReadAt(make([]byte, 4096), bigSize/2)
 	took := time.Since(begin)
 	if n != 0 || !errors.Is(err, syscall.EIO) {
 		t.Fatalf("from a dead registry: %d bytes, %v; want EIO", n, err)
@@ -200,50 +181,31 @@ func TestRegistryDies(t *testing.T) {
 		t.Errorf("EIO after %v; reads were to wait %v", took, wait)
 	}
 	// What is here is read without a registry.
-	if _, err := f.ReadAt(got, 8192); err != nil || !bytes.Equal(got, want[8192:8192+4096]) {
-		t.Errorf("cached bytes while the registry is dead: %v", err)
-	}
+	shows(t, f, 8192, "cached bytes while the registry is dead")
 	if log := s.serverLog(dir); !strings.Contains(log, "input/output error") || !strings.Contains(log, "refused") {
 		t.Errorf("the log does not say why: %q", log)
 	}
-	if err := im.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.ReadAt(got, bigSize/2); err != nil || !bytes.Equal(got, want[bigSize/2:bigSize/2+4096]) {
-		t.Fatalf("after: %v", err)
-	}
+	must(t, im.Start())
+	shows(t, f, bigSize/2, "after")
 }
 
 // TestRegistryReturns: a registry that is back within the wait costs the reader
 // time, and nothing else.
 func TestRegistryReturns(t *testing.T) {
-	require.Has(t, "root", "fuse")
-	im := serveImage(t)
-	s := newSession(t)
-	dir := s.mount(im.ref)
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	im, _, _, f := servedAndOpen(t)
 	im.Stop()
-	got := make([]byte, 4096)
-	done := make(chan error, 1)
+	done := make(chan struct{})
 	go func() {
-		_, err := f.ReadAt(got, bigSize/2)
-		done <- err
+		defer close(done)
+		shows(t, f, bigSize/2, "after")
 	}()
 	select {
-	case err := <-done:
-		t.Fatalf("the read did not wait: %v", err)
+	case <-done:
+		t.Fatal("the read did not wait")
 	case <-time.After(500 * time.Millisecond):
 	}
-	if err := im.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-done; err != nil || !bytes.Equal(got, content(bigFile, bigSize)[bigSize/2:bigSize/2+4096]) {
-		t.Fatalf("after: %v", err)
-	}
+	must(t, im.Start())
+	<-done
 }
 
 // stall is a fault that keeps every answer back until the test ends, and says

@@ -16,9 +16,8 @@ import (
 // TestOverlay: a writable mount shows the image and what is written, until
 // umount(8), and again at the next mount.
 func TestOverlay(t *testing.T) {
-	require.Has(t, "root", "fuse", "overlay")
-	im := serveImage(t)
-	s := newSession(t)
+	require.Has(t, "overlay")
+	im, s := served(t)
 	upper := filepath.Join(s.dir, "upper")
 	dir := s.mount(im.ref, "--overlay", upper)
 	showsImage(t, dir)
@@ -68,15 +67,12 @@ func (s *session) endsWith(dir, name string, args ...string) {
 // TestTmpfsOverlay: what is written to memory is gone with the mount, which SIGTERM
 // ends, too.
 func TestTmpfsOverlay(t *testing.T) {
-	require.Has(t, "root", "fuse", "overlay")
-	im := serveImage(t)
-	s := newSession(t)
+	require.Has(t, "overlay")
+	im, s := served(t)
 	dir := s.mount(im.ref, "--tmpfs-overlay")
 	showsImage(t, dir)
 	must(t, os.WriteFile(filepath.Join(dir, "written"), []byte("new"), 0o640))
-	server := s.pidfd(dir)
-	must(t, syscall.Kill(s.entry(dir).PID, syscall.SIGTERM))
-	awaitEnd(t, server)
+	s.end(dir, syscall.SIGTERM)
 	s.nothingLeft(dir)
 	dir = s.mount(im.ref, "--tmpfs-overlay")
 	if _, err := os.Stat(filepath.Join(dir, "written")); !os.IsNotExist(err) {
@@ -88,13 +84,10 @@ func TestTmpfsOverlay(t *testing.T) {
 // TestOverlayKilled: the writable mount of a killed server is dead, and cleared by
 // umount.
 func TestOverlayKilled(t *testing.T) {
-	require.Has(t, "root", "fuse", "overlay")
-	im := serveImage(t)
-	s := newSession(t)
+	require.Has(t, "overlay")
+	im, s := served(t)
 	dir := s.mount(im.ref, "--backend=fuse", "--tmpfs-overlay")
-	server := s.pidfd(dir)
-	must(t, syscall.Kill(s.entry(dir).PID, syscall.SIGKILL))
-	awaitEnd(t, server)
+	s.end(dir, syscall.SIGKILL)
 	if e := s.entry(dir); e.State != "dead" {
 		t.Errorf("listed as %+v", e)
 	}
@@ -104,9 +97,8 @@ func TestOverlayKilled(t *testing.T) {
 
 // TestOverlayFails: one line says what is the matter, and nothing is left.
 func TestOverlayFails(t *testing.T) {
-	require.Has(t, "root", "fuse", "overlay")
-	im := serveImage(t)
-	s := newSession(t)
+	require.Has(t, "overlay")
+	im, s := served(t)
 	dir := s.target()
 	other := s.mount(im.ref, "--tmpfs-overlay")
 	wantLine(t, s.run(binary, "mount", "--overlay", filepath.Join(other, "upper"), im.ref, dir), "cannot keep what is written")

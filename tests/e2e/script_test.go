@@ -50,6 +50,9 @@ func runScripts(t *testing.T, dir string) {
 			env.Setenv("HOME", filepath.Join(env.WorkDir, "home"))
 			env.Setenv("SECRET", secret)
 			env.Setenv("EROFS_OCI_BACKEND", "fuse")
+			if err := writeScriptImages(t, env); err != nil {
+				return err
+			}
 			open, err := startRegistry(t, env, fakeregistry.Options{}, "")
 			if err != nil {
 				return err
@@ -81,6 +84,22 @@ func runScripts(t *testing.T, dir string) {
 			},
 		},
 	})
+}
+
+// writeScriptImages puts two images into the directory of a script: $IMAGE, which is
+// that of rootfs:v1, and $DEVIMAGE with its extra device $BLOB.
+func writeScriptImages(t *testing.T, env *testscript.Env) error {
+	plain, multi := corpus.Get(t, "plain"), corpus.Get(t, "multidev")
+	for name, file := range map[string]struct {
+		name string
+		data []byte
+	}{"IMAGE": {"image.erofs", plain.Data}, "DEVIMAGE": {"multi.erofs", multi.Data}, "BLOB": {"multi.blob", multi.Blob}} {
+		env.Setenv(name, file.name)
+		if err := os.WriteFile(filepath.Join(env.WorkDir, file.name), file.data, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func exits(ts *testscript.TestScript, neg bool, args []string) {
