@@ -28,6 +28,7 @@ package fakeregistry
 
 import (
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -129,6 +130,14 @@ func (r *Registry) URL() string {
 		return "https://" + r.addr
 	}
 	return "http://" + r.addr
+}
+
+// CertificatePEM is RootCAs for a file; empty without TLS.
+func (r *Registry) CertificatePEM() []byte {
+	if r.cert == nil {
+		return nil
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.cert.pair.Leaf.Raw})
 }
 
 // RootCAs is what a client of a TLS registry has to trust; nil without TLS.

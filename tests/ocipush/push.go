@@ -29,6 +29,9 @@ type Layer struct {
 	Data        io.ReaderAt
 	Size        int64
 	Annotations map[string]string
+	// Digest is that of a blob which the registry has already: with it, nothing
+	// is read of Data, and nothing uploaded.
+	Digest digest.Digest
 }
 
 // Bytes makes a Layer of what is in memory.
@@ -201,6 +204,9 @@ func (p *pusher) put(ctx context.Context, mediaType, tag string, raw []byte) (oc
 
 // blob uploads a layer: POST for a place, then the bytes, then PUT.
 func (p *pusher) blob(ctx context.Context, l Layer) (ocispec.Descriptor, error) {
+	if l.Digest != "" {
+		return ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size, Annotations: l.Annotations}, nil
+	}
 	sum, err := digest.FromReader(io.NewSectionReader(l.Data, 0, l.Size))
 	if err != nil {
 		return ocispec.Descriptor{}, err

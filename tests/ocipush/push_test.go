@@ -120,3 +120,30 @@ func TestPushIsRefused(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A layer whose digest is given is described, and neither read nor uploaded.
+func TestLayerThatIsThere(t *testing.T) {
+	r, err := fakeregistry.New(fakeregistry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	const content = "0123456789"
+	d := digest.FromString(content)
+	r.PutBlob("x/there", d, strings.NewReader(content), int64(len(content)))
+	layer := ocipush.Layer{MediaType: "a/b", Size: int64(len(content)), Digest: d}
+	if _, err := ocipush.Push(t.Context(), r.URL(), "x/there:v1", []ocipush.Layer{layer}, ocipush.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	_, raw := get(t, r.URL()+"/v2/x/there/manifests/v1", ocispec.MediaTypeImageManifest)
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	if len(m.Layers) != 1 || m.Layers[0].Digest != d || m.Layers[0].Size != 10 || m.Layers[0].MediaType != "a/b" {
+		t.Errorf("described as %+v", m.Layers)
+	}
+	if _, got := get(t, r.URL()+"/v2/x/there/blobs/"+d.String(), ""); string(got) != content {
+		t.Errorf("the blob: %q", got)
+	}
+}
