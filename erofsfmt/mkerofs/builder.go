@@ -1,37 +1,53 @@
 // Package mkerofs builds EROFS images. A Builder is told the tree, an entry at a time and in any order in which a
-// hard link comes after its target; Finish lays it out and writes it.
+// hard link comes after its target, or by Layers, which read the tar archives of a container image; Finish lays it out
+// and writes it.
 //
 //	 0      1024         metadata                                                      data
 //	┌──────┬────────────┬───────────────────────────────────────┬──────────────────┬───────────────────────┐
-//	│ zero │ superblock │ inodes, each with its xattrs and what │ directories that │ regular files, each   │
-//	│      │  to block  │ is short: directories, link targets   │ have whole blocks│ from a block's start  │
+//	│ zero │ superblock │ inodes, each with its xattrs, index   │ shared xattrs,   │ regular files, those  │
+//	│      │  to block  │ and what is short: directories, link  │ directories that │ of Options.Order first│
+//	│      │            │ targets, ends of files                │ have whole blocks│ then the packed inode │
 //	└──────┴────────────┴───────────────────────────────────────┴──────────────────┴───────────────────────┘
 //	                     root; then the entries of a directory side by side, directory by directory
 //
 // All metadata lies together at the front, so that listing a tree reads one run of bytes. What a file holds is asked
-// for in Finish, in the order of the disk, and passes through: memory is needed for the tree only, and a source that
-// cannot be read at any time (a tar stream) is spooled by whoever has it. The superblock is written last, so that a
-// build that broke off is no image.
+// for in Finish, in the order of the disk, and passes through: memory is needed for the tree, 8 bytes for each pcluster,
+// and for the segments on their way, 4 MiB each. The superblock is written last, so that a build that broke off is no
+// image.
 //
-// The image is a function of the entries and the options: not of the order of Add, of the clock or of chance. The UUID,
-// where none is given, is derived from everything else.
+// How large the index of a compressed file is, is known when it was compressed: compressed data waits in a temporary
+// file (Options.TempDir) for the metadata to be written, as much as the image will have. Images without compression
+// need none. Layers spool what cannot be read again.
+//
+// The image is a function of the entries and the options: not of the order of Add, of the clock, of the number of
+// processors or of chance. The UUID, where none is given, is derived from everything else.
+//
+// # Compression
+//
+// A file is cut into segments of 4 MiB, which are compressed side by side, and these into extents, each of which is
+// compressed to a pcluster. LZ4 is encoded here, since it is to fill a given output: as much input is taken as has room.
+// The libraries for zstd and DEFLATE want to know their input instead, so they are asked several times, each time with
+// what the last one suggests, until little of the last block stays empty. Where that saves no block, the data stays as
+// it is, and a file that takes no less room altogether is stored like one that was never compressed.
+//
+// Linux reads what is written here since 5.4; what takes a later one is said where it is asked for. zstd takes 6.10,
+// DEFLATE 6.6.
+//
+// # Inodes
 //
 // An inode takes 32 bytes where its ids, link count and size fit in the compact form and its time is the superblock's,
 // for which the most frequent one is taken; else 64. (Linux since 6.15 would give compact inodes times of their own;
-// older ones would show wrong ones.)
+// older ones would show wrong ones.) Extended attributes that four inodes or more have are stored once.
 //
-// The package does not read directories or tar files, compress, share xattrs between inodes or write chunk-based
-// files, extra devices or 48-bit block addresses.
+// The package does not read directories or decompress layers, and writes neither LZMA, compressed metadata, encoded
+// extents, extra devices nor 48-bit block addresses.
 package mkerofs
 
 import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
-	"math"
 	"math/bits"
-	"slices"
 	"strings"
 	"time"
 
@@ -44,8 +60,24 @@ type Options struct {
 	Label     string   // volume name, at most 16 bytes
 	UUID      [16]byte // derived from the image if zero
 	// InlineMax bytes at the end of a regular file, those that do not fill a block, lie behind its inode instead of
-	// in a block of their own. It makes images smaller, and metadata larger by file data. At most half a block.
+	// in a block of their own. It makes images smaller, and metadata larger by file data. At most a block.
 	InlineMax int
+
+	// ChunkSize, where it is not 0, lays uncompressed files out in chunks of so many bytes, a power of two from a block
+	// to 4 MiB. Chunks with the same content are stored once, and chunks of zeros not at all: Linux 5.15.
+	ChunkSize int
+	// XattrPrefixes are beginnings of names of extended attributes, like "trusted.overlay.", that are stored once:
+	// Linux 6.4. Together with Fragments they are not used, since Linux before 6.17 would not find them.
+	XattrPrefixes []string
+	// SourceDateEpoch, where it is not zero, takes the place of all later times.
+	SourceDateEpoch time.Time
+	// Order are paths of files whose data is to lie before that of all others, in this order: those that will be read
+	// first. What is no file of the tree is passed over.
+	Order []string
+
+	Compression Compression
+	Workers     int    // that compress, at most 8; as many as there are processors if zero. The image is the same
+	TempDir     string // where compressed data waits for the metadata, as much as there is of it; os.TempDir() if empty
 }
 
 // The types of Entry.Mode, as stat(2) has them.
@@ -73,7 +105,8 @@ type Entry struct {
 	Target       string // of a symbolic link
 	Major, Minor uint32 // of a device
 	Size         int64  // of a regular file
-	// Open gives exactly Size bytes. It is called by Finish, once, unless Size is 0.
+	// Open gives exactly Size bytes. It is called by Finish, once, unless Size is 0; in a compressed image several
+	// files are opened at the same time.
 	Open func() (io.ReadCloser, error)
 }
 
@@ -81,9 +114,12 @@ type Entry struct {
 type node struct {
 	Entry
 	children map[string]*node // of a directory
+	layers   map[string]int32 // of a directory: which layer each of its names is of, if one
 	parent   *node            // of a directory
 	names    []string         // of a directory, in the order of the disk, with "." and ".."
-	xattrs   []byte           // as on disk
+	attrs    []xattr          // in the order of their names
+	xattrs   []byte           // as on disk; made by Finish
+	stored   *stored          // of a regular file in a compressed image
 	place
 }
 
@@ -93,7 +129,10 @@ type Builder struct {
 	options   Options
 	blockBits int
 	root      *node
+	packed    *node // the packed inode: before the files are compressed, and later if it is not empty
 	finished  bool
+	buffers   buffers
+	prefixes  []xattrPrefix
 }
 
 const defaultBlockSize = 4096
@@ -110,10 +149,26 @@ func New(w io.WriterAt, o Options) (*Builder, error) {
 	if most := len(ondisk.Super{}.VolumeName); len(o.Label) > most {
 		return nil, fmt.Errorf("label %q: longer than %d bytes", o.Label, most)
 	}
-	if o.InlineMax < 0 || o.InlineMax > o.BlockSize/2 {
-		return nil, fmt.Errorf("inline tails of %d bytes: must be from 0 to half a block, %d", o.InlineMax, o.BlockSize/2)
+	if o.InlineMax < 0 || o.InlineMax > o.BlockSize {
+		return nil, fmt.Errorf("inline tails of %d bytes: must be from 0 to a block, %d", o.InlineMax, o.BlockSize)
 	}
-	b := &Builder{w: w, options: o, blockBits: blockBits}
+	if err := o.Compression.check(o.BlockSize); err != nil {
+		return nil, err
+	}
+	if err := o.checkChunks(); err != nil {
+		return nil, err
+	}
+	prefixes, err := checkPrefixes(o.XattrPrefixes)
+	if err != nil {
+		return nil, err
+	}
+	if o.Compression.Fragments {
+		prefixes = nil
+	}
+	if o.Workers < 0 || o.Workers > maxWorkers {
+		return nil, fmt.Errorf("%d workers: must be from 0 to %d", o.Workers, maxWorkers)
+	}
+	b := &Builder{w: w, options: o, blockBits: blockBits, prefixes: prefixes}
 	b.root = impliedDir()
 	return b, nil
 }
@@ -173,12 +228,15 @@ func (b *Builder) newNode(e Entry) (*node, error) {
 	if err := checkEntry(e); err != nil {
 		return nil, err
 	}
-	xattrs, err := encodeXattrs(e.Xattrs)
+	attrs, err := b.splitXattrs(e.Xattrs)
 	if err != nil {
 		return nil, err
 	}
-	n := &node{Entry: e, xattrs: xattrs}
-	n.Xattrs = nil // they are encoded
+	n := &node{Entry: e, attrs: attrs}
+	n.Xattrs = nil // attrs are these
+	if limit := b.options.SourceDateEpoch; !limit.IsZero() && n.Mtime.After(limit) {
+		n.Mtime = limit
+	}
 	switch e.Mode & ModeType {
 	case ModeDir:
 		n.children = make(map[string]*node)
@@ -274,55 +332,4 @@ func checkEntry(e Entry) error {
 		return fmt.Errorf("mode %#o: unknown type", e.Mode)
 	}
 	return nil
-}
-
-// encodeXattrs gives what stands between an inode and its tail: a header without shared xattrs, then the entries by
-// name. Nothing at all for none (fs/erofs/xattr.c erofs_init_inode_xattrs).
-func encodeXattrs(xattrs map[string][]byte) ([]byte, error) {
-	if len(xattrs) == 0 {
-		return nil, nil
-	}
-	b := ondisk.XattrHeader{}.Append(nil)
-	for _, name := range slices.Sorted(maps.Keys(xattrs)) {
-		index, suffix, err := xattrIndex(name)
-		if err != nil {
-			return nil, err
-		}
-		value := xattrs[name]
-		if len(value) > math.MaxUint16 {
-			return nil, fmt.Errorf("xattr %s: value of %d bytes is longer than %d", name, len(value), math.MaxUint16)
-		}
-		b = ondisk.XattrEntry{NameLen: uint8(len(suffix)), NameIndex: index, ValueSize: uint16(len(value))}.Append(b)
-		b = append(append(b, suffix...), value...)
-		b = append(b, make([]byte, -len(b)&3)...)
-	}
-	if most := ondisk.XattrHeaderSize + 4*(math.MaxUint16-1); len(b) > most {
-		return nil, fmt.Errorf("xattrs take %d bytes, an inode can have %d", len(b), most)
-	}
-	return b, nil
-}
-
-// xattrIndex splits a full name as Linux does: the ACLs are an index alone, without a suffix.
-func xattrIndex(name string) (uint8, string, error) {
-	for _, p := range []struct {
-		prefix string
-		index  uint8
-		whole  bool
-	}{
-		{"user.", ondisk.XattrUser, false},
-		{"trusted.", ondisk.XattrTrusted, false},
-		{"security.", ondisk.XattrSecurity, false},
-		{"system.posix_acl_access", ondisk.XattrPosixAclAccess, true},
-		{"system.posix_acl_default", ondisk.XattrPosixAclDefault, true},
-	} {
-		suffix, ok := strings.CutPrefix(name, p.prefix)
-		if !ok || p.whole != (suffix == "") {
-			continue
-		}
-		if len(suffix) > math.MaxUint8 || strings.Contains(suffix, "\x00") {
-			return 0, "", fmt.Errorf("xattr %.80q: must have at most %d bytes behind %s, and no NUL", name, math.MaxUint8, p.prefix)
-		}
-		return p.index, suffix, nil
-	}
-	return 0, "", fmt.Errorf("xattr %.80q: EROFS has no place for it; drop it, or store it as user., trusted., security. or an ACL", name)
 }

@@ -7,10 +7,15 @@ import (
 	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
 )
 
-// encodeInode writes the inode behind b, without its xattrs.
-func (n *node) encodeInode(b []byte) []byte {
+// encodeInode writes the inode behind b, without its xattrs. chunkFormat is of chunk-based files.
+func (n *node) encodeInode(b []byte, chunkFormat uint32) []byte {
 	format := uint16(ondisk.LayoutPlain << ondisk.FormatLayoutBit)
-	if n.tail > 0 {
+	switch {
+	case n.encoded():
+		format = n.stored.layout() << ondisk.FormatLayoutBit
+	case n.chunks > 0:
+		format = ondisk.LayoutChunk << ondisk.FormatLayoutBit
+	case n.tail > 0:
 		format = ondisk.LayoutInline << ondisk.FormatLayoutBit
 	}
 	icount := uint16(0)
@@ -20,21 +25,28 @@ func (n *node) encodeInode(b []byte) []byte {
 	if n.compact {
 		return ondisk.InodeCompact{
 			Format: format, XattrIcount: icount, Mode: uint16(n.Mode), Nb: uint16(n.nlink), Size: uint32(n.Size),
-			U: n.u(), Ino: n.ino, UID: uint16(n.UID), GID: uint16(n.GID),
+			U: n.u(chunkFormat), Ino: n.ino, UID: uint16(n.UID), GID: uint16(n.GID),
 		}.Append(b)
 	}
 	t := n.stamp()
 	return ondisk.InodeExtended{
 		Format: format | ondisk.FormatExtended, XattrIcount: icount, Mode: uint16(n.Mode), Size: uint64(n.Size),
-		U: n.u(), Ino: n.ino, UID: n.UID, GID: n.GID, Mtime: t.sec, MtimeNsec: t.nsec, Nlink: n.nlink,
+		U: n.u(chunkFormat), Ino: n.ino, UID: n.UID, GID: n.GID, Mtime: t.sec, MtimeNsec: t.nsec, Nlink: n.nlink,
 	}.Append(b)
 }
 
-// u is the first block, or the number of a device as include/linux/kdev_t.h new_encode_dev has it.
-func (n *node) u() uint32 {
+// u is the first block, the number of blocks of compressed data, the format of chunks, or the number of a device as
+// include/linux/kdev_t.h new_encode_dev has it.
+func (n *node) u(chunkFormat uint32) uint32 {
 	switch n.Mode & ModeType {
 	case ModeChar, ModeBlock:
 		return n.Minor&0xff | n.Major<<8 | n.Minor&^0xff<<12
+	}
+	switch {
+	case n.encoded():
+		return uint32(n.blocks)
+	case n.chunks > 0:
+		return chunkFormat
 	}
 	return n.block
 }
@@ -86,15 +98,26 @@ func (b *Builder) writeSuper(l *layout, w *writer) error {
 		UUID:          b.options.UUID,
 	}
 	copy(super.VolumeName[:], b.options.Label)
+	var configs []byte
+	if z := &b.options.Compression; z.Algorithm != Uncompressed {
+		configs = z.describe(&super, b.options.BlockSize)
+	}
+	l.describeXattrs(&super, b)
+	if b.options.ChunkSize > 0 {
+		super.FeatureIncompat |= ondisk.IncompatChunkedFile
+	}
+	if b.packed != nil {
+		super.PackedNid = b.packed.nid()
+	}
 	w.content.Write(super.Append(nil))
 	if super.UUID == [16]byte{} {
 		super.UUID = deriveUUID(w.content.Sum(nil))
 	}
 	front := make([]byte, l.metaStart)
-	copy(front[ondisk.SuperOffset:], super.Append(nil))
+	copy(front[ondisk.SuperOffset:], append(super.Append(nil), configs...))
 	// fs/erofs/super.c erofs_superblock_csum_verify: CRC-32C to the end of the superblock's block, not inverted at
 	// the end, with zeros in the checksum's place.
-	sum := ^crc32.Checksum(front[ondisk.SuperOffset:], crc32.MakeTable(crc32.Castagnoli))
+	sum := ^crc32.Checksum(front[ondisk.SuperOffset:], castagnoli)
 	binary.LittleEndian.PutUint32(front[ondisk.SuperOffset+ondisk.ChecksumOffset:], sum)
 	_, err := w.to.WriteAt(front, 0)
 	return err
@@ -106,4 +129,23 @@ func deriveUUID(digest []byte) (uuid [16]byte) {
 	uuid[6] = uuid[6]&0x0f | 0x80
 	uuid[8] = uuid[8]&0x3f | 0x80
 	return uuid
+}
+
+// describeXattrs puts into the superblock where shared attributes and long prefixes are. The latter have a bit since
+// Linux 6.17, without which they would be looked for in the packed inode, if there is one.
+func (l *layout) describeXattrs(super *ondisk.Super, b *Builder) {
+	for _, n := range l.nodes {
+		if len(n.xattrs) > 0 {
+			super.FeatureCompat |= ondisk.CompatXattrFilter
+		}
+	}
+	if len(l.shared) > 0 {
+		super.XattrBlkaddr = uint32(l.sharedAt >> b.blockBits)
+	}
+	if len(b.prefixes) > 0 {
+		super.FeatureIncompat |= ondisk.IncompatXattrPrefixes
+		super.FeatureCompat |= ondisk.CompatPlainXattrPrefixes
+		super.XattrPrefixCount = uint8(len(b.prefixes))
+		super.XattrPrefixStart = uint32((l.sharedAt + l.prefixes) / 4)
+	}
 }

@@ -125,6 +125,127 @@ func xattrEntries(at time.Time, bs int) []Entry {
 		Entry{Path: "xattrs/fifo", Mode: ModeFifo | 0o644, Mtime: at, Xattrs: map[string][]byte{"trusted.z": []byte("z")}})
 }
 
+// words is size bytes of text that becomes half as long, or less, when compressed.
+func words(seed uint64, size int) []byte {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	var list [300]string
+	for i := range list {
+		list[i] = string(content(seed+uint64(i), 2+rng.IntN(9)))
+	}
+	p := make([]byte, 0, size+10)
+	for len(p) < size {
+		p = append(append(p, list[rng.IntN(1+rng.IntN(len(list)))]...), ' ')
+	}
+	return p[:size]
+}
+
+// mixed changes between text, noise and zeros.
+func mixed(seed uint64, size int) []byte {
+	rng := rand.New(rand.NewPCG(seed, 2))
+	var p []byte
+	for len(p) < size {
+		n := 1 + rng.IntN(1+rng.IntN(1<<17))
+		switch rng.IntN(3) {
+		case 0:
+			p = append(p, words(rng.Uint64()%7, n)...)
+		case 1:
+			p = append(p, content(rng.Uint64(), n)...)
+		default:
+			p = append(p, make([]byte, n*10)...)
+		}
+	}
+	return p[:size]
+}
+
+// dataTree has files whose data takes every way through compression.
+func dataTree(bs int) []Entry {
+	at := time.Unix(1_700_000_000, 0)
+	var entries []Entry
+	add := func(path string, data []byte) { entries = append(entries, regular(path, at, data)) }
+	for i, size := range []int{1, 12, 13, 100, bs - 1, bs, bs + 1, 2 * bs, 2*bs + 7, 5*bs + 100, 16 * bs, 31*bs + 5, 100_000} {
+		add(fmt.Sprintf("words/%02d", i), words(uint64(i), size))
+		add(fmt.Sprintf("mixed/%02d", i), mixed(uint64(i), size))
+		add(fmt.Sprintf("noise/%02d", i), content(uint64(i), size))
+		add(fmt.Sprintf("zeros/%02d", i), make([]byte, size))
+		add(fmt.Sprintf("words-again/%02d", i), words(uint64(i), size))
+	}
+	for i := range 40 {
+		e := regular(fmt.Sprintf("heads/%02d", i), at, words(uint64(i), i*bs*37/40))
+		e.Xattrs = map[string][]byte{"user.n" + strings.Repeat("a", i): content(uint64(i), i*7)}
+		entries = append(entries, e)
+	}
+	add("larger", mixed(9, 700_001))
+	return append(entries, Entry{Path: "link", Link: "larger"}, Entry{Path: "empty", Mode: ModeRegular, Mtime: at})
+}
+
+// bigTree has files of several segments, too.
+func bigTree() []Entry {
+	at := time.Unix(1_700_000_000, 0)
+	entries := dataTree(4096)
+	add := func(path string, data []byte) { entries = append(entries, regular(path, at, data)) }
+	add("big/one", words(1, maxSegment))
+	add("big/mixed", mixed(2, 2*maxSegment+12345))
+	add("big/words", words(3, maxSegment+1))
+	add("big/noise", content(4, maxSegment+4096+1))
+	add("big/zeros", make([]byte, 3*maxSegment+1))
+	add("big/noise, then words", append(content(5, maxSegment), words(5, 10_000)...))
+	return entries
+}
+
+// shareTree has attributes that many files have, and names with long beginnings.
+func shareTree() []Entry {
+	at := time.Unix(1_700_000_000, 0)
+	entries := []Entry{{Path: ".", Mode: ModeDir | 0o755, Mtime: at, Xattrs: map[string][]byte{"security.selinux": []byte("root_t")}}}
+	for i := range 300 {
+		e := regular(fmt.Sprintf("f%03d", i), at, content(uint64(i), i*31))
+		e.Xattrs = map[string][]byte{
+			"security.selinux":                       []byte(fmt.Sprintf("system_u:object_r:type%d_t:s0", i%70)),
+			"trusted.overlay.redirect":               []byte(fmt.Sprintf("/%d", i)),
+			"trusted.overlay.opaque":                 []byte("y"),
+			"trusted.overlay.":                       nil,
+			"trusted.o":                              []byte("almost"),
+			"user.org.example.very.long.beginning.x": {byte(i)},
+		}
+		if i == 17 {
+			for j := range 400 { // more than an inode can share
+				e.Xattrs[fmt.Sprintf("user.many%d", j)] = []byte("same")
+			}
+		}
+		entries = append(entries, e)
+	}
+	for i := range xattrShareFrom {
+		e := regular(fmt.Sprintf("g%d", i), at, nil)
+		e.Xattrs = make(map[string][]byte)
+		for j := range 400 {
+			e.Xattrs[fmt.Sprintf("user.many%d", j)] = []byte("same")
+		}
+		entries = append(entries, e)
+	}
+	return entries
+}
+
+// chunkTree has chunks that are the same, and holes.
+func chunkTree() []Entry {
+	at := time.Unix(1_700_000_000, 0)
+	var entries []Entry
+	add := func(path string, parts ...[]byte) {
+		entries = append(entries, regular(path, at, bytes.Join(parts, nil)))
+	}
+	a, b, zero := content(1, 8192), content(2, 8192), make([]byte, 8192)
+	add("a", a)
+	add("aba", a, b, a)
+	add("a and a little", a, b[:100])
+	add("a and a little again", a, b[:100])
+	add("sparse", zero, zero, a, zero, zero, zero[:5])
+	add("zeros alone", zero[:4097])
+	add("zero", zero[:1])
+	add("small", a[:10])
+	add("half", a[:4096])
+	add("unaligned", b[1:], a)
+	add("large", content(3, 3_000_000))
+	return entries
+}
+
 // wideTree has a directory of 10,000 entries.
 func wideTree() []Entry {
 	at := time.Unix(1, 0)
@@ -213,8 +334,22 @@ type image struct {
 	entries []Entry
 }
 
-// images is every tree with options that change the layout.
+// images is every tree with options that change the layout. In a short run only some are: with the race detector,
+// compressing takes ten times as long.
 func images(t testing.TB) []image {
+	if testing.Short() {
+		var few []image
+		for i, im := range append(plainImages(t), compressedImages()...) {
+			if i%5 == 0 {
+				few = append(few, im)
+			}
+		}
+		return few
+	}
+	return append(plainImages(t), compressedImages()...)
+}
+
+func plainImages(t testing.TB) []image {
 	list := []image{
 		{"corpus", Options{}, corpusTree(t)},
 		{"corpus, inline", Options{InlineMax: 2048, Label: "a label of 16 b."}, corpusTree(t)},
@@ -222,11 +357,55 @@ func images(t testing.TB) []image {
 		{"wide, 512", Options{BlockSize: 512, InlineMax: 256}, wideTree()},
 		{"empty", Options{}, nil},
 	}
+	for _, prefixes := range [][]string{nil, {"trusted.overlay.", "user.org.example.", "user.org.example.very.long.", "security.s"}} {
+		list = append(list, image{fmt.Sprintf("shared xattrs, prefixes %q", prefixes), Options{XattrPrefixes: prefixes, InlineMax: 4096}, shareTree()})
+	}
+	for _, o := range []Options{{ChunkSize: 4096}, {ChunkSize: 8192, InlineMax: 4096}, {ChunkSize: 1 << 20}, {BlockSize: 512, ChunkSize: 8192}} {
+		list = append(list, image{fmt.Sprintf("chunks of %d, blocks of %d", o.ChunkSize, o.BlockSize), o, append(chunkTree(), dataTree(4096)...)})
+	}
 	for _, bs := range []int{512, 1024, 2048, 4096, 16384, 65536} {
 		list = append(list,
 			image{fmt.Sprintf("edges, %d", bs), Options{BlockSize: bs}, edgeTree(bs)},
 			image{fmt.Sprintf("edges, %d, inline", bs), Options{BlockSize: bs, InlineMax: bs / 2}, edgeTree(bs)},
 			image{fmt.Sprintf("edges, %d, a little inline", bs), Options{BlockSize: bs, InlineMax: 40}, edgeTree(bs)})
+	}
+	return list
+}
+
+// compressedImages have every algorithm and every part of the format that the builder writes.
+func compressedImages() []image {
+	var list []image
+	add := func(tree []Entry, o Options) {
+		z := o.Compression
+		name := fmt.Sprintf("data, %s %d, blocks %d, inline %d", z.Algorithm, z.ClusterSize, o.BlockSize, o.InlineMax)
+		for _, flag := range []struct {
+			set  bool
+			name string
+		}{{z.TailPacking, "tails"}, {z.Fragments, "fragments"}, {z.Dedupe, "dedupe"}, {z.FullIndex, "full"}} {
+			if flag.set {
+				name += ", " + flag.name
+			}
+		}
+		list = append(list, image{name, o, tree})
+	}
+	data, big := dataTree(4096), bigTree()
+	for _, a := range []Algorithm{LZ4, LZ4HC, Zstd, Deflate} {
+		add(data, Options{Compression: Compression{Algorithm: a}, InlineMax: 4096})
+		add(data, Options{Compression: Compression{Algorithm: a, ClusterSize: 65536, TailPacking: true}})
+		add(data, Options{Compression: Compression{Algorithm: a, ClusterSize: 65536, Fragments: true, TailPacking: true, Dedupe: true}})
+	}
+	add(big, Options{Compression: Compression{Algorithm: LZ4, TailPacking: true}})
+	add(big, Options{Compression: Compression{Algorithm: LZ4, Fragments: true}})
+	add(big, Options{Compression: Compression{Algorithm: LZ4, ClusterSize: 1 << 20, Fragments: true, Dedupe: true}})
+	add(big, Options{Compression: Compression{Algorithm: Zstd, ClusterSize: 1 << 20, Level: 1}})
+	add(shareTree(), Options{Compression: Compression{Algorithm: LZ4, Fragments: true}, XattrPrefixes: []string{"trusted.overlay."}})
+	add(data, Options{Compression: Compression{Algorithm: LZ4, FullIndex: true, TailPacking: true}})
+	add(data, Options{Compression: Compression{Algorithm: LZ4, FullIndex: true, Fragments: true, ClusterSize: 8192}})
+	add(data, Options{Compression: Compression{Algorithm: LZ4, Dedupe: true, ClusterSize: 12288}})
+	for _, bs := range []int{512, 2048, 8192, 16384, 65536} {
+		tree := dataTree(bs)
+		add(tree, Options{BlockSize: bs, Compression: Compression{Algorithm: LZ4, TailPacking: true}})
+		add(tree, Options{BlockSize: bs, Compression: Compression{Algorithm: LZ4, ClusterSize: 2 * bs}})
 	}
 	return list
 }

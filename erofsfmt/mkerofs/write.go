@@ -10,22 +10,40 @@ import (
 	"hash"
 	"hash/crc32"
 	"io"
+	"strings"
+
+	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
 )
 
 const bufferSize = 1 << 20
 
 // Finish writes the image and gives its size in bytes, whole blocks. Nothing can be added after it, and it cannot be
 // called twice.
-func (b *Builder) Finish(ctx context.Context) (int64, error) {
+func (b *Builder) Finish(ctx context.Context) (size int64, err error) {
 	if b.finished {
 		return 0, errors.New("the image is finished")
 	}
 	b.finished = true
-	l, err := b.plan()
+	nodes := b.walk()
+	var s *spools
+	if b.options.Compression.Algorithm != Uncompressed {
+		if s, err = b.compress(ctx, b.dataOrder(nodes)); err != nil {
+			return 0, fmt.Errorf("compress: %w", err)
+		}
+		defer func() { err = errors.Join(err, s.Close()) }()
+		if b.packed != nil {
+			nodes = append(nodes, b.packed)
+			b.packed.ino = uint32(len(nodes))
+		}
+	}
+	l, err := b.plan(nodes, s)
 	if err != nil {
 		return 0, fmt.Errorf("lay out image: %w", err)
 	}
-	w := &writer{ctx: ctx, to: b.w, pos: l.metaStart, blockSize: int64(b.options.BlockSize), content: sha256.New()}
+	w := &writer{
+		ctx: ctx, to: b.w, pos: l.metaStart, content: sha256.New(),
+		blockSize: int64(b.options.BlockSize), chunkSize: b.options.ChunkSize, chunkFormat: b.chunkFormat(),
+	}
 	w.out = bufio.NewWriterSize(io.NewOffsetWriter(b.w, w.pos), bufferSize)
 	for _, step := range []func(*layout) error{w.metadata, w.data, func(l *layout) error { return b.writeSuper(l, w) }} {
 		if err := step(l); err != nil {
@@ -35,14 +53,47 @@ func (b *Builder) Finish(ctx context.Context) (int64, error) {
 	return l.blocks * w.blockSize, nil
 }
 
+// find gives what is at a path, or nil.
+func (b *Builder) find(path string) *node {
+	n := b.root
+	for name := range strings.SplitSeq(path, "/") {
+		if n == nil {
+			return nil
+		}
+		n = n.children[name] // nil for what is no directory
+	}
+	return n
+}
+
+// dataOrder gives the files that have data, in the order in which that lies on the disk.
+func (b *Builder) dataOrder(nodes []*node) []*node {
+	var files []*node
+	ordered := make(map[*node]bool)
+	add := func(n *node) {
+		if n != nil && n.Mode&ModeType == ModeRegular && n.Size > 0 && !ordered[n] && n != b.packed {
+			files = append(files, n)
+			ordered[n] = true
+		}
+	}
+	for _, path := range b.options.Order {
+		add(b.find(path))
+	}
+	for _, n := range nodes {
+		add(n)
+	}
+	return files
+}
+
 // A writer writes an image from the first inode to the end.
 type writer struct {
-	ctx       context.Context
-	to        io.WriterAt
-	out       *bufio.Writer // to, from pos on
-	pos       int64
-	blockSize int64
-	content   hash.Hash // of the metadata, and of the files' checksums
+	ctx         context.Context
+	to          io.WriterAt
+	out         *bufio.Writer // to, from pos on
+	pos         int64
+	blockSize   int64
+	chunkSize   int
+	chunkFormat uint32
+	content     hash.Hash // of the metadata, and of the files' checksums
 }
 
 // Write is for what follows the last byte.
@@ -80,16 +131,20 @@ func (w *writer) put(pos int64, p []byte) error {
 // metadata writes all up to the first regular file's block.
 func (w *writer) metadata(l *layout) error {
 	var buf []byte
-	for _, n := range l.nodes {
+	for _, n := range l.inodes {
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
-		buf = append(n.encodeInode(buf[:0]), n.xattrs...)
-		if n.tail > 0 && n.Mode&ModeType != ModeRegular {
-			content := n.metaContent(w.blockSize)
-			buf = append(buf, content[n.blocks*w.blockSize:]...)
+		var err error
+		if buf, err = w.inode(l, n, buf[:0]); err != nil {
+			return err
 		}
 		if err := w.put(n.offset, buf); err != nil {
+			return err
+		}
+	}
+	if len(l.shared) > 0 {
+		if err := w.put(l.sharedAt, l.shared); err != nil {
 			return err
 		}
 	}
@@ -109,6 +164,26 @@ func (w *writer) metadata(l *layout) error {
 	return w.out.Flush() // the tails of regular files are written into what is on its way here
 }
 
+// inode writes all that lies together with n's inode behind b. The tails of files that are not in a spool come later.
+func (w *writer) inode(l *layout, n *node, b []byte) ([]byte, error) {
+	b = append(n.encodeInode(b, w.chunkFormat), n.xattrs...)
+	if n.encoded() {
+		b = append(b, make([]byte, n.indexStart()-int64(len(b)))...)
+		x := n.stored.index
+		x.block = n.block
+		b = x.append(b, n.indexStart()+ondisk.MapHeaderSize)
+	}
+	switch {
+	case n.tail == 0:
+	case n.Mode&ModeType != ModeRegular:
+		b = append(b, n.metaContent(w.blockSize)[n.blocks*w.blockSize:]...)
+	case n.stored != nil:
+		b = append(b, make([]byte, n.tail)...)
+		return b, l.spools.tails.readAt(b[len(b)-int(n.tail):], n.stored.tailAt)
+	}
+	return b, nil
+}
+
 // metaContent is what a directory or a symbolic link holds.
 func (n *node) metaContent(blockSize int64) []byte {
 	if n.children == nil {
@@ -124,19 +199,42 @@ func (n *node) metaContent(blockSize int64) []byte {
 
 // data writes the regular files.
 func (w *writer) data(l *layout) error {
-	buf := make([]byte, bufferSize)
-	for _, n := range l.nodes {
-		if n.Mode&ModeType != ModeRegular || n.Size == 0 {
-			continue
+	buf := make([]byte, max(bufferSize, w.chunkSize))
+	if l.spools != nil {
+		return w.spooled(l, buf)
+	}
+	chunks := chunkWriter{w, w.chunkSize, make(map[[sha256.Size]byte]uint32)}
+	for _, n := range l.files {
+		write := w.file
+		if n.chunks > 0 {
+			write = chunks.file
 		}
-		if err := w.file(n, buf); err != nil {
+		if err := write(n, buf); err != nil {
 			return fmt.Errorf("%q, a file of %d bytes: %w", n.Path, n.Size, err)
 		}
+	}
+	if w.chunkSize > 0 {
+		l.blocks = roundUp(w.pos, w.blockSize) / w.blockSize
 	}
 	if err := w.padTo(l.blocks * w.blockSize); err != nil {
 		return err
 	}
 	return w.out.Flush()
+}
+
+// spooled writes what files were compressed to.
+func (w *writer) spooled(l *layout, buf []byte) error {
+	for _, n := range l.nodes {
+		if n.stored != nil {
+			w.content.Write(binary.LittleEndian.AppendUint32(nil, n.stored.checksum))
+		}
+	}
+	r, err := l.spools.reader()
+	if err != nil {
+		return err
+	}
+	_, err = io.CopyBuffer(struct{ io.Writer }{w}, ctxReader{w.ctx, r}, buf)
+	return errors.Join(err, w.padTo(l.blocks*w.blockSize), w.out.Flush())
 }
 
 func (w *writer) file(n *node, buf []byte) (err error) {
@@ -146,7 +244,7 @@ func (w *writer) file(n *node, buf []byte) (err error) {
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
 
-	sum := crc32.New(crc32.MakeTable(crc32.Castagnoli))
+	sum := crc32.New(castagnoli)
 	src := io.TeeReader(ctxReader{w.ctx, r}, sum)
 	if whole := n.Size - n.tail; whole > 0 {
 		if err := w.padTo(int64(n.block) * w.blockSize); err != nil {
@@ -165,11 +263,8 @@ func (w *writer) file(n *node, buf []byte) (err error) {
 			return err
 		}
 	}
-	switch m, err := io.ReadFull(r, buf[:1]); {
-	case m > 0:
-		return errors.New("its source goes on after that")
-	case err != io.EOF:
-		return fmt.Errorf("its source, at its end: %w", err)
+	if err := expectEnd(r); err != nil {
+		return err
 	}
 	w.content.Write(sum.Sum(nil))
 	return nil
@@ -177,11 +272,8 @@ func (w *writer) file(n *node, buf []byte) (err error) {
 
 // tail puts the end of a file behind its inode: the metadata has been written, with a gap there.
 func (w *writer) tail(n *node, src io.Reader, buf []byte) error {
-	if m, err := io.ReadFull(src, buf); err != nil {
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		return fmt.Errorf("its source, after %d bytes: %w", n.Size-n.tail+int64(m), err)
+	if err := readSome(src, buf, n.Size-n.tail); err != nil {
+		return err
 	}
 	_, err := w.to.WriteAt(buf, n.offset+n.headSize())
 	return err

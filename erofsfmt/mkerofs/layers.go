@@ -1,0 +1,360 @@
+package mkerofs
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// LayerOptions say how tar layers are put into an image. The zero value works.
+type LayerOptions struct {
+	// Overlay keeps whiteouts in the form that overlayfs has: character devices 0:0, and directories with
+	// trusted.overlay.opaque. That is for an image of one layer, to be mounted over others.
+	Overlay bool
+	// MaxBytes is how much data files may have in all layers together; 0 is no limit. Not more is spooled.
+	MaxBytes int64
+	// Warn is told what of an entry has no place in EROFS and is left out.
+	Warn func(path, what string)
+}
+
+// Layers put the layers of a container image, which are tar archives, into a Builder, one over the other
+// (https://github.com/opencontainers/image-spec/blob/main/layer.md).
+//
+// An entry takes the place of what is at its path, in this layer or a lower one; directories are merged. ".wh.NAME"
+// removes NAME and ".wh..wh..opq" everything in its directory, of lower layers only, wherever in the layer they stand.
+//
+// Paths go through symbolic links of the image as they do in a running container, so an absolute target begins at the
+// image's root. A path with "..", an absolute one, and a link that leads above the root are refused.
+type Layers struct {
+	b     *Builder
+	o     LayerOptions
+	data  *spool
+	bytes int64
+	layer int32 // the number of the current one, from 1
+
+	whiteouts []whiteout
+}
+
+// A whiteout waits for the end of its layer.
+type whiteout struct {
+	dir  *node
+	name string // "" for all of dir
+}
+
+const (
+	whiteoutPrefix = ".wh."
+	whiteoutOpaque = ".wh..wh..opq"
+	whiteoutOther  = ".wh..wh." // of aufs itself, which means nothing here
+	overlayOpaque  = "trusted.overlay.opaque"
+)
+
+// NewLayers prepares b for layers. What was added to b before is below them.
+func NewLayers(b *Builder, o LayerOptions) (*Layers, error) {
+	data, err := newSpool(b.options.TempDir)
+	if err != nil {
+		return nil, err
+	}
+	return &Layers{b: b, o: o, data: data}, nil
+}
+
+// Close gives free what Apply spooled. Finish comes before it.
+func (l *Layers) Close() error { return l.data.Close() }
+
+// Apply puts a layer, an uncompressed tar archive, on top of the others. The data of its files goes to a temporary file
+// in Options.TempDir.
+func (l *Layers) Apply(ctx context.Context, r io.Reader) error {
+	pos := &position{ctx: ctx, r: r}
+	return l.apply(pos, pos, nil)
+}
+
+// ApplyAt is Apply for an archive that can be read again: Finish reads the data of its files from there.
+func (l *Layers) ApplyAt(ctx context.Context, r io.ReaderAt, size int64) error {
+	pos := &position{ctx: ctx, r: io.NewSectionReader(r, 0, size)}
+	return l.apply(seekable{pos}, pos, r)
+}
+
+// A position counts what was read of an archive.
+type position struct {
+	ctx context.Context
+	r   io.Reader
+	off int64
+}
+
+func (p *position) Read(b []byte) (int, error) {
+	if err := p.ctx.Err(); err != nil {
+		return 0, err
+	}
+	n, err := p.r.Read(b)
+	p.off += int64(n)
+	return n, err
+}
+
+// A seekable position lets package tar pass over data.
+type seekable struct{ *position }
+
+func (s seekable) Seek(off int64, whence int) (int64, error) {
+	n, err := s.r.(io.Seeker).Seek(off, whence)
+	s.off = n
+	return n, err
+}
+
+func (l *Layers) apply(r io.Reader, pos *position, at io.ReaderAt) error {
+	if l.b.finished {
+		return errors.New("the image is finished")
+	}
+	l.layer++
+	l.whiteouts = nil
+	for tr := tar.NewReader(r); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("layer %d, at byte %d: %w", l.layer, pos.off, err)
+		}
+		if err := l.entry(h, &tarData{r: tr, pos: pos, at: at}); err != nil {
+			return fmt.Errorf("layer %d, %.300q: %w", l.layer, h.Name, err)
+		}
+	}
+	for _, w := range l.whiteouts {
+		if err := l.whiteOut(w); err != nil {
+			return fmt.Errorf("layer %d: %w", l.layer, err)
+		}
+	}
+	return nil
+}
+
+// entry puts one entry into the tree.
+func (l *Layers) entry(h *tar.Header, data *tarData) error {
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return nil
+	}
+	path, err := tarPath(h.Name)
+	if err != nil {
+		return err
+	}
+	if len(path) == 0 {
+		return l.put(h, nil, "", data)
+	}
+	dir, err := l.enter(path[:len(path)-1], true)
+	if err != nil {
+		return err
+	}
+	name := path[len(path)-1]
+	switch hidden, ok := strings.CutPrefix(name, whiteoutPrefix); {
+	case name == whiteoutOpaque:
+		l.whiteouts = append(l.whiteouts, whiteout{dir, ""})
+		return nil
+	case strings.HasPrefix(name, whiteoutOther):
+		return nil
+	case ok && (hidden == "" || hidden == "." || hidden == ".."):
+		return fmt.Errorf("whiteout of %q, which is no name", hidden)
+	case ok:
+		l.whiteouts = append(l.whiteouts, whiteout{dir, hidden})
+		return nil
+	}
+	return l.put(h, dir, name, data)
+}
+
+// put makes h what dir has by that name; without a dir, the root.
+func (l *Layers) put(h *tar.Header, dir *node, name string, data *tarData) error {
+	if h.Typeflag == tar.TypeLink {
+		n, err := l.linked(h.Linkname)
+		if err != nil {
+			return err
+		}
+		if dir == nil {
+			return errors.New("the root must be a directory")
+		}
+		l.place(dir, name, n)
+		return nil
+	}
+	e, err := l.convert(h)
+	if err != nil {
+		return err
+	}
+	if dir == nil && e.Mode&ModeType != ModeDir {
+		return errors.New("the root must be a directory")
+	}
+	if e.Size > 0 {
+		if e.Open, err = l.keep(h, data); err != nil {
+			return err
+		}
+	}
+	n, err := l.b.newNode(e)
+	if err != nil {
+		return err
+	}
+	if dir == nil {
+		n.children, n.layers = l.b.root.children, l.b.root.layers
+		l.b.root = n
+		return nil
+	}
+	if old := dir.children[name]; old != nil && old.children != nil && n.children != nil {
+		n.children, n.layers = old.children, old.layers
+		// Whiteouts in the directory are those of the one that takes its place.
+		for i := range l.whiteouts {
+			if l.whiteouts[i].dir == old {
+				l.whiteouts[i].dir = n
+			}
+		}
+	}
+	l.place(dir, name, n)
+	return nil
+}
+
+// place puts n into dir, as of this layer.
+func (l *Layers) place(dir *node, name string, n *node) {
+	if dir.layers == nil {
+		dir.layers = make(map[string]int32)
+	}
+	dir.children[name] = n
+	dir.layers[name] = l.layer
+}
+
+// linked is what a hard link is another name of.
+func (l *Layers) linked(target string) (*node, error) {
+	path, err := tarPath(target)
+	if err != nil {
+		return nil, fmt.Errorf("hard link: %w", err)
+	}
+	if len(path) == 0 {
+		return nil, errors.New("hard link to the root")
+	}
+	dir, err := l.enter(path[:len(path)-1], false)
+	if err != nil {
+		return nil, fmt.Errorf("hard link to %q: %w", target, err)
+	}
+	n := dir.children[path[len(path)-1]]
+	switch {
+	case n == nil:
+		return nil, fmt.Errorf("hard link to %q, which is not there", target)
+	case n.children != nil:
+		return nil, fmt.Errorf("hard link to %q, which is a directory", target)
+	}
+	return n, nil
+}
+
+// tarPath takes the path of an entry apart. "./a/" is "a"; the root is empty.
+func tarPath(path string) ([]string, error) {
+	if strings.HasPrefix(path, "/") {
+		return nil, fmt.Errorf("path %.300q: is absolute", path)
+	}
+	names := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" || s == "." })
+	if len(names) == 0 {
+		return nil, nil
+	}
+	return splitPath(strings.Join(names, "/"))
+}
+
+// maxLinks is how many symbolic links a path may go through, as in Linux.
+const maxLinks = 40
+
+// enter goes down a path of directories, from the root, through symbolic links. What is missing is made, if it may be.
+func (l *Layers) enter(path []string, create bool) (*node, error) {
+	trail := []*node{l.b.root}
+	for links := 0; len(path) > 0; {
+		name := path[0]
+		path = path[1:]
+		dir := trail[len(trail)-1]
+		switch name {
+		case "", ".":
+			continue
+		case "..": // of a link's target
+			if len(trail) == 1 {
+				return nil, errors.New("a symbolic link on the way leads above the root")
+			}
+			trail = trail[:len(trail)-1]
+			continue
+		}
+		next := dir.children[name]
+		switch {
+		case next == nil && !create:
+			return nil, fmt.Errorf("%q is not there", name)
+		case next == nil:
+			if _, err := splitPath(name); err != nil { // of a link's target
+				return nil, err
+			}
+			next = impliedDir()
+			l.place(dir, name, next)
+		case next.Mode&ModeType == ModeSymlink:
+			if links++; links > maxLinks {
+				return nil, fmt.Errorf("more than %d symbolic links on the way", maxLinks)
+			}
+			if strings.HasPrefix(next.Target, "/") {
+				trail = trail[:1]
+			}
+			path = append(strings.Split(next.Target, "/"), path...)
+			continue
+		case next.children == nil:
+			return nil, fmt.Errorf("%q on the way is not a directory", name)
+		}
+		trail = append(trail, next)
+	}
+	return trail[len(trail)-1], nil
+}
+
+// whiteOut does what a whiteout says, when all else of its layer is there.
+func (l *Layers) whiteOut(w whiteout) error {
+	if l.o.Overlay {
+		return l.overlayWhiteout(w)
+	}
+	if w.name == "" {
+		l.prune(w.dir)
+		return nil
+	}
+	l.pruneName(w.dir, w.name)
+	return nil
+}
+
+// prune removes from a directory what is of lower layers. What this layer put deeper below keeps its directories.
+func (l *Layers) prune(dir *node) {
+	for _, name := range slices.Sorted(maps.Keys(dir.children)) {
+		l.pruneName(dir, name)
+	}
+}
+
+func (l *Layers) pruneName(dir *node, name string) {
+	n := dir.children[name]
+	if n == nil {
+		return
+	}
+	if n.children != nil {
+		l.prune(n)
+	}
+	if dir.layers[name] != l.layer && len(n.children) == 0 {
+		delete(dir.children, name)
+	}
+}
+
+// overlayWhiteout says it in the words of overlayfs.
+func (l *Layers) overlayWhiteout(w whiteout) error {
+	opaque := w.dir
+	if w.name != "" {
+		n := w.dir.children[w.name]
+		switch {
+		case n == nil:
+			l.place(w.dir, w.name, &node{Entry: Entry{Path: w.name, Mode: ModeChar, Mtime: w.dir.Mtime}})
+			return nil
+		case n.children == nil:
+			return nil // it hides what is below
+		}
+		opaque = n
+	}
+	attrs, err := l.b.splitXattrs(map[string][]byte{overlayOpaque: []byte("y")})
+	if err != nil {
+		return err
+	}
+	for _, x := range opaque.attrs {
+		if x.xattrPrefix == attrs[0].xattrPrefix && x.suffix == attrs[0].suffix {
+			return nil
+		}
+	}
+	opaque.attrs = append(opaque.attrs, attrs...)
+	return nil
+}
