@@ -19,6 +19,10 @@
 //	ttyS1   output        stdout and stderr of the program, byte for byte
 //	ttyS2   exit status   one line, written last
 //
+// What there is to be mounted is a disk of the guest. DebianImages makes images of
+// a real Debian, whole and in part, in each compression, and a listing of what is
+// in them; they are kept in the cache directory, too.
+//
 // There is no network but loopback, no udev, no shell. Its PID 1 is the program
 // in ./init; it loads the modules, runs the job, and powers the machine off.
 package guest

@@ -8,13 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/erofs-oci/erofs-oci/tests/debian"
 )
 
 // A Kernel is what was taken out of a kernel package.
@@ -44,26 +45,11 @@ const metaPackage = "linux-image-cloud-amd64"
 // "bookworm-backports", out of the cache or from the machine's mirror.
 func Fetch(ctx context.Context, cache, suite string) (*Kernel, error) {
 	sum := sha256.Sum256([]byte(strings.Join(wanted, " ")))
-	dir := filepath.Join(cache, fmt.Sprintf("%s-%x", suite, sum[:4]))
-	k, err := open(dir)
-	if !errors.Is(err, fs.ErrNotExist) {
-		return k, err
-	}
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return nil, err
-	}
-	work, err := os.MkdirTemp(cache, "fetch-")
+	dir, err := kept(cache, fmt.Sprintf("%s-%x", suite, sum[:4]), func(work, dir string) error {
+		return download(ctx, work, suite, dir)
+	})
 	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(work)
-	next := filepath.Join(work, "kernel")
-	if err := download(ctx, work, suite, next); err != nil {
 		return nil, fmt.Errorf("kernel of %s: %w", suite, err)
-	}
-	// Whoever fetched the same at the same time has it right, too.
-	if err := os.Rename(next, dir); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, err
 	}
 	return open(dir)
 }
@@ -85,14 +71,11 @@ func open(dir string) (*Kernel, error) {
 
 // download brings the suite's kernel package into work and unpacks it into dir.
 func download(ctx context.Context, work, suite, dir string) error {
-	a := &apt{dir: work}
-	if err := a.configure(ctx, suite); err != nil {
+	a, err := debian.NewApt(ctx, work, suite)
+	if err != nil {
 		return err
 	}
-	if _, err := a.run(ctx, "apt-get", "-qq", "update"); err != nil {
-		return err
-	}
-	out, err := a.run(ctx, "apt-cache", "depends", "--important", metaPackage)
+	out, err := a.Run(ctx, "apt-cache", "depends", "--important", metaPackage)
 	if err != nil {
 		return err
 	}
@@ -101,7 +84,7 @@ func download(ctx context.Context, work, suite, dir string) error {
 		return fmt.Errorf("%s depends on no kernel: %s", metaPackage, out)
 	}
 	name := string(found[1])
-	if _, err := a.run(ctx, "apt-get", "-qq", "download", name); err != nil {
+	if _, err := a.Run(ctx, "apt-get", "-qq", "download", name); err != nil {
 		return err
 	}
 	debs, err := filepath.Glob(filepath.Join(work, name+"_*.deb"))
@@ -109,70 +92,6 @@ func download(ctx context.Context, work, suite, dir string) error {
 		return fmt.Errorf("apt-get download %s brought %d files (%v)", name, len(debs), err)
 	}
 	return unpack(ctx, debs[0], name, dir)
-}
-
-// apt is an apt with sources, lists and caches of its own.
-type apt struct {
-	dir     string
-	options []string
-}
-
-// configure writes the sources: the mirror of this machine, and the one suite.
-func (a *apt) configure(ctx context.Context, suite string) error {
-	mirror, err := a.mirror(ctx)
-	if err != nil {
-		return err
-	}
-	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-	signed := ""
-	if _, err := os.Stat(keyring); err == nil {
-		signed = " signed-by=" + keyring
-	}
-	sources := filepath.Join(a.dir, "sources.list")
-	line := fmt.Sprintf("deb [arch=amd64%s] %s %s main\n", signed, mirror, suite)
-	if err := os.WriteFile(sources, []byte(line), 0o600); err != nil {
-		return err
-	}
-	for _, d := range []string{"state/lists/partial", "cache/archives/partial"} {
-		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
-			return err
-		}
-	}
-	a.options = []string{
-		"-o", "Dir::Etc::SourceList=" + sources, "-o", "Dir::Etc::SourceParts=/dev/null",
-		"-o", "Dir::State=" + filepath.Join(a.dir, "state"), "-o", "Dir::Cache=" + filepath.Join(a.dir, "cache"),
-		"-o", "APT::Architecture=amd64", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none",
-	}
-	return nil
-}
-
-// mirror is the address from which this machine gets its own release of Debian.
-func (a *apt) mirror(ctx context.Context) (string, error) {
-	release, err := os.ReadFile("/etc/os-release")
-	if err != nil {
-		return "", err
-	}
-	codename := regexp.MustCompile(`(?m)^VERSION_CODENAME="?([^"\n]+)`).FindSubmatch(release)
-	if codename == nil {
-		return "", errors.New("/etc/os-release names no VERSION_CODENAME: this machine is no Debian")
-	}
-	out, err := a.run(ctx, "apt-get", "update", "--print-uris")
-	if err != nil {
-		return "", err
-	}
-	re := regexp.MustCompile(`(?m)^'([^']+)/dists/` + regexp.QuoteMeta(string(codename[1])) + `/InRelease' `)
-	found := re.FindSubmatch(out)
-	if found == nil {
-		return "", fmt.Errorf("apt has no source for %s", codename[1])
-	}
-	return string(found[1]), nil
-}
-
-func (a *apt) run(ctx context.Context, name string, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, name, append(slices.Clone(a.options), args...)...)
-	cmd.Dir = a.dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	return output(cmd)
 }
 
 // output is cmd.Output with what the command complained of in the error.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -27,19 +28,29 @@ const programFile = "/bin/erofs-oci"
 // program runs erofs-oci and returns what it prints.
 func program(t *testing.T, args ...string) string {
 	t.Helper()
+	said, err := tryProgram(t, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return said
+}
+
+// tryProgram is program for what may fail: what it complains of is in the error.
+func tryProgram(t *testing.T, args ...string) (string, error) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, programFile, args...)
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		t.Fatalf("erofs-oci %s: %v: %s", strings.Join(args, " "), err, stderr.String())
+		return "", fmt.Errorf("erofs-oci %s: %w: %s", strings.Join(args, " "), err, stderr.String())
 	}
-	return stdout.String()
+	return stdout.String(), nil
 }
 
-// serveTree has a registry in this process serve the large tree.
-func serveTree(t *testing.T) (r *fakeregistry.Registry, ref string) {
+// startRegistry starts a registry in this process.
+func startRegistry(t *testing.T) *fakeregistry.Registry {
 	t.Helper()
 	r, err := fakeregistry.New(fakeregistry.Options{})
 	if err != nil {
@@ -50,6 +61,13 @@ func serveTree(t *testing.T) (r *fakeregistry.Registry, ref string) {
 			t.Error(err)
 		}
 	})
+	return r
+}
+
+// serveTree has a registry in this process serve the large tree.
+func serveTree(t *testing.T) (r *fakeregistry.Registry, ref string) {
+	t.Helper()
+	r = startRegistry(t)
 	f, err := os.Open(treeFile)
 	if err != nil {
 		t.Fatal(err)

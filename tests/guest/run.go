@@ -2,6 +2,7 @@ package guest
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,6 +28,9 @@ type Job struct {
 	Argv, Env []string
 	// Memory of the guest in MiB; 0 is 1024.
 	Memory int
+	// Processors of the guest; 0 is 2. One is emulated at half the cost: most of
+	// what two do is to interrupt and to wait for each other.
+	Processors int
 }
 
 // Instructions are what ./init reads from InstructionsFile.
@@ -113,12 +117,9 @@ func (k *Kernel) prepare(path string, job Job) error {
 // garbage in the flags, which is a double fault. What the kernel does against
 // attackers only costs time here.
 func (k *Kernel) arguments(dir string, job Job) []string {
-	memory := job.Memory
-	if memory == 0 {
-		memory = 1024
-	}
+	memory, processors := cmp.Or(job.Memory, 1024), cmp.Or(job.Processors, 2)
 	args := []string{
-		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "2", "-m", fmt.Sprint(memory),
+		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", fmt.Sprint(processors), "-m", fmt.Sprint(memory),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
 		"-kernel", k.Image, "-initrd", filepath.Join(dir, "initramfs"),
 		"-append", "console=ttyS0 quiet loglevel=5 panic=-1 random.trust_cpu=on mitigations=off init_on_alloc=0",

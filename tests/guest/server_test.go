@@ -197,7 +197,7 @@ func (s *server) killed(t *testing.T) {
 // unmount expects the server to end by itself.
 func (s *server) unmount(t *testing.T, dir string) {
 	t.Helper()
-	if err := kmount.Unmount(dir, "", false); err != nil {
+	if err := unix.Unmount(dir, 0); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.cmd.Wait(); err != nil {
@@ -392,7 +392,7 @@ func testOrphanUnmounted(t *testing.T, _ version) {
 	if all, err := nbdserve.Devices(); err != nil || len(all) != 1 || all[0] != state {
 		t.Errorf("all devices: %+v, %v", all, err)
 	}
-	if err := kmount.Unmount(dir, "", false); err != nil {
+	if err := unix.Unmount(dir, 0); err != nil {
 		t.Error(err)
 	}
 }
@@ -418,7 +418,7 @@ func testOrphanDisconnected(t *testing.T, _ version) {
 	if err := <-read; !errors.Is(err, unix.EIO) {
 		t.Errorf("the reader: %v", err)
 	}
-	if err := kmount.Unmount(dir, "", false); err != nil {
+	if err := unix.Unmount(dir, 0); err != nil {
 		t.Error(err)
 	}
 }
@@ -466,7 +466,7 @@ func testWithoutNetlink(t *testing.T, _ version) {
 	if _, err := tree.Walk(dir); !errors.Is(err, unix.EIO) {
 		t.Errorf("without a server: %v", err)
 	}
-	if err := kmount.Unmount(dir, "", false); err != nil {
+	if err := unix.Unmount(dir, 0); err != nil {
 		t.Error(err)
 	}
 }

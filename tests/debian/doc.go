@@ -1,0 +1,17 @@
+// Package debian brings tests what a Debian mirror has and a repository should
+// not: a root file system, and the erofs-utils of unstable, which write what
+// those of Debian 12 cannot.
+//
+//	root := debian.Root(t)          // a directory; nobody writes to it
+//	mkfs := debian.Mkfs(t)
+//	mkfs.Run(t, "-zzstd", "-Efragments", "root.erofs", root)
+//
+// Both come from the mirror that this machine's apt uses, once; they are kept
+// in the user's cache directory, and whoever asks at the same time, in another
+// process, waits. Where EROFS_OCI_REQUIRE does not name the capability "debian",
+// the test that asks is skipped: it takes root, a network and a minute.
+//
+// The root is what debootstrap --foreign --variant=minbase leaves: all packages
+// unpacked, none configured, so that nothing in it is run. The utilities are
+// run by their own ld.so with their own libraries.
+package debian
