@@ -234,7 +234,10 @@ func (b *bench) cached() error {
 		if err := errors.Join(err, m.end()); err != nil {
 			return fmt.Errorf("%s: %w", backend, err)
 		}
-		fmt.Printf("| %s | %v | %v |\n", backend, cold, warm)
+		if cold.gets+warm.gets > 0 {
+			return fmt.Errorf("%s: reading everything once more took %d GETs", backend, cold.gets+warm.gets)
+		}
+		fmt.Printf("| %s | %.2f s | %.2f s |\n", backend, cold.time.Seconds(), warm.time.Seconds())
 	}
 	fmt.Println()
 	return nil
