@@ -76,10 +76,15 @@ var recipes = []struct {
 	{NetworkImage, "network", []string{"-zlz4"}},
 }
 
+// always are the flags of every image. Its build time is one that no file has: an
+// inode of that second is written without a time of its own, and so without its
+// nanoseconds.
+var always = []string{"--quiet", "-T1", "--mkfs-time"}
+
 // DebianImages returns the images, out of the cache or made of what the machine's
 // mirror has. It needs root. To have them made anew delete the directory.
 func DebianImages(ctx context.Context, cache string) (*ImageSet, error) {
-	sum := sha256.Sum256(fmt.Append(nil, parts, recipes))
+	sum := sha256.Sum256(fmt.Append(nil, parts, recipes, always))
 	dir, err := kept(cache, fmt.Sprintf("images-%x", sum[:4]), func(work, dir string) error {
 		return makeImages(ctx, work, dir)
 	})
@@ -114,7 +119,7 @@ func makeImages(ctx context.Context, work, dir string) error {
 		images[i] = Image{Name: r.image, Tree: r.tree}
 		both.Go(func() error {
 			file := filepath.Join(dir, r.image+".erofs")
-			args := append(slices.Concat([]string{"--quiet"}, r.flags), file, filepath.Join(work, r.tree))
+			args := append(slices.Concat(always, r.flags), file, filepath.Join(work, r.tree))
 			if _, err := output(mkfs.Command(ctx, "mkfs.erofs", args...)); err != nil {
 				return err
 			}
