@@ -52,6 +52,9 @@ func testDebian(t *testing.T, kernel version) {
 	readJSON(t, imagesFile, &images)
 	reg := startRegistry(t)
 	for _, im := range images {
+		if im.Tree == "whole" && kernel.before(version{6, 12}) {
+			continue // of the same compression as a part: half a minute for nothing new
+		}
 		t.Run(im.Name, func(t *testing.T) {
 			defer nothingLeft(t)
 			ref := serveDisk(t, reg, im)
