@@ -43,6 +43,10 @@ var lattice = map[string]room{
 		ours:   []string{"registry/integrity"},
 		others: []string{"github.com/klauspost/compress"},
 	},
+	"registry/tarlayer": {
+		others: []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/opencontainers/go-digest",
+			"github.com/opencontainers/image-spec"},
+	},
 	"registry": {
 		ours: []string{"registry/integrity"},
 		others: []string{"go.podman.io/image/v5", "github.com/opencontainers/go-digest", "github.com/opencontainers/image-spec",

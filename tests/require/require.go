@@ -33,6 +33,7 @@ func probes() map[string]func() error {
 		"userns":          userns,
 		"fusermount3":     program("fusermount3"),
 		"mkfs.erofs":      program("mkfs.erofs"),
+		"bzip2":           program("bzip2"),
 		"docker-registry": program("docker-registry"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
