@@ -19,7 +19,16 @@ type Selector struct {
 	Platform string        // os/arch[/variant]; "" is the host's
 	Layer    *int          // by number, from 0
 	Blob     digest.Digest // by digest; it need not be in the manifest
+	Prefer   Prefer        // between entries of an index for the same architecture
 }
+
+// Prefer says which of two index entries for the same architecture is taken.
+type Prefer int
+
+const (
+	PreferErofs Prefer = iota // the one whose os.features say that it holds EROFS
+	PreferTar                 // the other
+)
 
 // An Image is one resolved manifest.
 type Image struct {
@@ -30,6 +39,11 @@ type Image struct {
 	Platform    string        // as the index says; "" where it does not
 	Config      ocispec.Descriptor
 	Layers      []Layer
+
+	Manifest Document  // the bytes of which Digest is
+	Index    *Document // the bytes of which IndexDigest is; nil without an index
+
+	name string // where it was found, for errors
 }
 
 // A Layer is a layer as the manifest has it. Nothing in it has been checked.

@@ -39,6 +39,12 @@
 // for which the most frequent one is taken; else 64. (Linux since 6.15 would give compact inodes times of their own;
 // older ones would show wrong ones.) Extended attributes that four inodes or more have are stored once.
 //
+// # Images without data
+//
+// Options.MetadataOnly makes an image of the whole tree in which all files read as zeros: the size and the layout of
+// the metadata can be looked at, and a tree of any size tried, in no time (mkfs.erofs calls it --clean=0). What is to be
+// used must not be made so, since nothing tells such an image from one whose files hold zeros.
+//
 // The package does not read directories or decompress layers, and writes neither LZMA, compressed metadata, encoded
 // extents, extra devices nor 48-bit block addresses.
 package mkerofs
@@ -69,6 +75,9 @@ type Options struct {
 	// XattrPrefixes are beginnings of names of extended attributes, like "trusted.overlay.", that are stored once:
 	// Linux 6.4. Together with Fragments they are not used, since Linux before 6.17 would not find them.
 	XattrPrefixes []string
+	// MetadataOnly leaves the data of all files out, for tests and for measuring: they keep their sizes and read as
+	// zeros, which are holes. Entry.Open is not called. An image for users must not be made so.
+	MetadataOnly bool
 	// SourceDateEpoch, where it is not zero, takes the place of all later times.
 	SourceDateEpoch time.Time
 	// Order are paths of files whose data is to lie before that of all others, in this order: those that will be read
@@ -78,6 +87,9 @@ type Options struct {
 	Compression Compression
 	Workers     int    // that compress, at most 8; as many as there are processors if zero. The image is the same
 	TempDir     string // where compressed data waits for the metadata, as much as there is of it; os.TempDir() if empty
+	// Progress, if there is one, is told by Finish how many files with data were consumed so far, and how many bytes of
+	// them: in the middle of large files, too. It is not called by two goroutines at once, and holds Finish up.
+	Progress func(files, bytes int64)
 }
 
 // The types of Entry.Mode, as stat(2) has them.
@@ -117,7 +129,7 @@ type node struct {
 	layers   map[string]int32 // of a directory: which layer each of its names is of, if one
 	parent   *node            // of a directory
 	names    []string         // of a directory, in the order of the disk, with "." and ".."
-	attrs    []xattr          // in the order of their names
+	attrs    []xattr          // in the order of their names; Entry.Xattrs is nil
 	xattrs   []byte           // as on disk; made by Finish
 	stored   *stored          // of a regular file in a compressed image
 	place
@@ -133,6 +145,8 @@ type Builder struct {
 	finished  bool
 	buffers   buffers
 	prefixes  []xattrPrefix
+	stats     Stats    // when it is finished
+	progress  progress // while it is being finished
 }
 
 const defaultBlockSize = 4096
@@ -225,7 +239,7 @@ func (b *Builder) newNode(e Entry) (*node, error) {
 	if e.Link != "" {
 		return b.linkTarget(e.Link)
 	}
-	if err := checkEntry(e); err != nil {
+	if err := b.checkEntry(e); err != nil {
 		return nil, err
 	}
 	attrs, err := b.splitXattrs(e.Xattrs)
@@ -310,14 +324,14 @@ const (
 	maxTarget = 4095
 )
 
-func checkEntry(e Entry) error {
+func (b *Builder) checkEntry(e Entry) error {
 	if e.Mode > 0o177777 {
 		return fmt.Errorf("mode %#o: has more than 16 bits", e.Mode)
 	}
 	switch e.Mode & ModeType {
 	case ModeDir, ModeFifo, ModeSocket:
 	case ModeRegular:
-		if e.Size < 0 || e.Size > 0 && e.Open == nil {
+		if e.Size < 0 || e.Size > 0 && e.Open == nil && !b.options.MetadataOnly {
 			return fmt.Errorf("size %d: must not be negative, and needs Open where it is not 0", e.Size)
 		}
 	case ModeSymlink:

@@ -22,6 +22,8 @@ const noBlock = math.MaxUint32
 
 func (o *Options) checkChunks() error {
 	switch {
+	case o.MetadataOnly && (o.ChunkSize != 0 || o.Compression.Algorithm != Uncompressed):
+		return errors.New("an image without data has neither chunks nor compression: drop these")
 	case o.ChunkSize == 0:
 		return nil
 	case o.Compression.Algorithm != Uncompressed:
@@ -32,17 +34,31 @@ func (o *Options) checkChunks() error {
 	return nil
 }
 
-// chunkCount is 0 for what is not laid out in chunks, as what fits behind its inode.
-func (n *node) chunkCount(chunkSize int) int64 {
-	if n.blocks == 0 || chunkSize == 0 || n.Mode&ModeType != ModeRegular {
-		return 0
+// splitChunks lays a regular file out in chunks, unless it is not to be, or so short that it fits behind its inode.
+// Where there is no data, one chunk is as long as the file, if an inode can say that.
+func (b *Builder) splitChunks(n *node) {
+	switch {
+	case b.options.MetadataOnly && n.Size > 0:
+		n.chunkBits = uint8(min(max(bits.Len64(uint64(n.Size-1))-b.blockBits, 0), ondisk.ChunkBlkBitsMask))
+	case b.options.ChunkSize > 0 && n.blocks > 0:
+		n.chunkBits = uint8(bits.Len(uint(b.options.ChunkSize)) - 1 - b.blockBits)
+	default:
+		return
 	}
-	return (n.Size + int64(chunkSize) - 1) / int64(chunkSize)
+	n.blocks, n.tail = 0, 0
+	n.chunks = (n.Size-1)>>(int(n.chunkBits)+b.blockBits) + 1
 }
 
-// chunkFormat is what the inode of a chunk-based file says.
-func (b *Builder) chunkFormat() uint32 {
-	return uint32(bits.Len(uint(b.options.ChunkSize))-1-b.blockBits) | ondisk.ChunkIndexes
+// appendHoles writes the index of a file without data behind b.
+func appendHoles(b []byte, chunks int64) []byte {
+	for range chunks {
+		b = hole().Append(b)
+	}
+	return b
+}
+
+func hole() ondisk.ChunkIndex {
+	return ondisk.ChunkIndex{StartBlkHi: math.MaxUint16, StartBlkLo: noBlock}
 }
 
 // A chunkWriter writes chunks that are new.
@@ -73,9 +89,10 @@ func (c *chunkWriter) file(n *node, buf []byte) (err error) {
 		}
 		d := ondisk.ChunkIndex{StartBlkLo: block}
 		if block == noBlock {
-			d.StartBlkHi = math.MaxUint16
+			d = hole()
 		}
 		index = d.Append(index)
+		c.progress.add(len(p))
 	}
 	if err := expectEnd(r); err != nil {
 		return err

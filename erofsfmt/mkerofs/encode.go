@@ -7,8 +7,8 @@ import (
 	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
 )
 
-// encodeInode writes the inode behind b, without its xattrs. chunkFormat is of chunk-based files.
-func (n *node) encodeInode(b []byte, chunkFormat uint32) []byte {
+// encodeInode writes the inode behind b, without its xattrs.
+func (n *node) encodeInode(b []byte) []byte {
 	format := uint16(ondisk.LayoutPlain << ondisk.FormatLayoutBit)
 	switch {
 	case n.encoded():
@@ -25,19 +25,19 @@ func (n *node) encodeInode(b []byte, chunkFormat uint32) []byte {
 	if n.compact {
 		return ondisk.InodeCompact{
 			Format: format, XattrIcount: icount, Mode: uint16(n.Mode), Nb: uint16(n.nlink), Size: uint32(n.Size),
-			U: n.u(chunkFormat), Ino: n.ino, UID: uint16(n.UID), GID: uint16(n.GID),
+			U: n.u(), Ino: n.ino, UID: uint16(n.UID), GID: uint16(n.GID),
 		}.Append(b)
 	}
 	t := n.stamp()
 	return ondisk.InodeExtended{
 		Format: format | ondisk.FormatExtended, XattrIcount: icount, Mode: uint16(n.Mode), Size: uint64(n.Size),
-		U: n.u(chunkFormat), Ino: n.ino, UID: n.UID, GID: n.GID, Mtime: t.sec, MtimeNsec: t.nsec, Nlink: n.nlink,
+		U: n.u(), Ino: n.ino, UID: n.UID, GID: n.GID, Mtime: t.sec, MtimeNsec: t.nsec, Nlink: n.nlink,
 	}.Append(b)
 }
 
 // u is the first block, the number of blocks of compressed data, the format of chunks, or the number of a device as
 // include/linux/kdev_t.h new_encode_dev has it.
-func (n *node) u(chunkFormat uint32) uint32 {
+func (n *node) u() uint32 {
 	switch n.Mode & ModeType {
 	case ModeChar, ModeBlock:
 		return n.Minor&0xff | n.Major<<8 | n.Minor&^0xff<<12
@@ -46,7 +46,7 @@ func (n *node) u(chunkFormat uint32) uint32 {
 	case n.encoded():
 		return uint32(n.blocks)
 	case n.chunks > 0:
-		return chunkFormat
+		return uint32(n.chunkBits) | ondisk.ChunkIndexes
 	}
 	return n.block
 }
@@ -103,7 +103,7 @@ func (b *Builder) writeSuper(l *layout, w *writer) error {
 		configs = z.describe(&super, b.options.BlockSize)
 	}
 	l.describeXattrs(&super, b)
-	if b.options.ChunkSize > 0 {
+	if b.options.ChunkSize > 0 || b.options.MetadataOnly {
 		super.FeatureIncompat |= ondisk.IncompatChunkedFile
 	}
 	if b.packed != nil {

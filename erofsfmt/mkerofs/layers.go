@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// LayerOptions say how tar layers are put into an image. The zero value works.
+// LayerOptions say how layers are put into an image. The zero value works.
 type LayerOptions struct {
 	// Overlay keeps whiteouts in the form that overlayfs has: character devices 0:0, and directories with
 	// trusted.overlay.opaque. That is for an image of one layer, to be mounted over others.
@@ -22,8 +22,8 @@ type LayerOptions struct {
 	Warn func(path, what string)
 }
 
-// Layers put the layers of a container image, which are tar archives, into a Builder, one over the other
-// (https://github.com/opencontainers/image-spec/blob/main/layer.md).
+// Layers put the layers of a container image into a Builder, one over the other: tar archives
+// (https://github.com/opencontainers/image-spec/blob/main/layer.md), and, with ApplyEntries, trees.
 //
 // An entry takes the place of what is at its path, in this layer or a lower one; directories are merged. ".wh.NAME"
 // removes NAME and ".wh..wh..opq" everything in its directory, of lower layers only, wherever in the layer they stand.
@@ -38,6 +38,7 @@ type Layers struct {
 	layer int32 // the number of the current one, from 1
 
 	whiteouts []whiteout
+	hidden    map[string]bool // paths of the current layer's whiteouts, where hard links may be others
 }
 
 // A whiteout waits for the end of its layer.
@@ -50,7 +51,6 @@ const (
 	whiteoutPrefix = ".wh."
 	whiteoutOpaque = ".wh..wh..opq"
 	whiteoutOther  = ".wh..wh." // of aufs itself, which means nothing here
-	overlayOpaque  = "trusted.overlay.opaque"
 )
 
 // NewLayers prepares b for layers. What was added to b before is below them.
@@ -104,23 +104,39 @@ func (s seekable) Seek(off int64, whence int) (int64, error) {
 }
 
 func (l *Layers) apply(r io.Reader, pos *position, at io.ReaderAt) error {
-	if l.b.finished {
-		return errors.New("the image is finished")
+	if err := l.begin(); err != nil {
+		return err
 	}
-	l.layer++
-	l.whiteouts = nil
 	for tr := tar.NewReader(r); ; {
 		h, err := tr.Next()
 		if err == io.EOF {
-			break
+			return l.end()
 		}
 		if err != nil {
 			return fmt.Errorf("layer %d, at byte %d: %w", l.layer, pos.off, err)
 		}
-		if err := l.entry(h, &tarData{r: tr, pos: pos, at: at}); err != nil {
+		if h.Typeflag == tar.TypeXGlobalHeader {
+			continue
+		}
+		get := func() (Entry, error) { return l.fromTar(h, &tarData{r: tr, pos: pos, at: at}) }
+		if err := l.entry(h.Name, WhiteoutsOCI, get); err != nil {
 			return fmt.Errorf("layer %d, %.300q: %w", l.layer, h.Name, err)
 		}
 	}
+}
+
+// begin begins a layer.
+func (l *Layers) begin() error {
+	if l.b.finished {
+		return errors.New("the image is finished")
+	}
+	l.layer++
+	l.whiteouts, l.hidden = nil, nil
+	return nil
+}
+
+// end does what the whiteouts of the layer say.
+func (l *Layers) end() error {
 	for _, w := range l.whiteouts {
 		if err := l.whiteOut(w); err != nil {
 			return fmt.Errorf("layer %d: %w", l.layer, err)
@@ -129,73 +145,86 @@ func (l *Layers) apply(r io.Reader, pos *position, at io.ReaderAt) error {
 	return nil
 }
 
-// entry puts one entry into the tree.
-func (l *Layers) entry(h *tar.Header, data *tarData) error {
-	if h.Typeflag == tar.TypeXGlobalHeader {
-		return nil
-	}
-	path, err := tarPath(h.Name)
+// entry puts what get gives into the tree, or remembers the whiteout that it is. get is not called for what is one by
+// its name.
+func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)) error {
+	path, err := tarPath(name)
 	if err != nil {
 		return err
 	}
-	if len(path) == 0 {
-		return l.put(h, nil, "", data)
+	var dir *node
+	base := ""
+	if len(path) > 0 {
+		if dir, err = l.enter(path[:len(path)-1], true); err != nil {
+			return err
+		}
+		base = path[len(path)-1]
 	}
-	dir, err := l.enter(path[:len(path)-1], true)
+	if form == WhiteoutsOCI {
+		if is, err := l.namedWhiteout(dir, base); is || err != nil {
+			return err
+		}
+	}
+	e, err := get()
 	if err != nil {
 		return err
 	}
-	name := path[len(path)-1]
+	var marks overlayMarks
+	if form == WhiteoutsOverlay {
+		if marks, err = takeOverlayMarks(&e); err != nil {
+			return err
+		}
+		if l.whiteoutLink(&e, path, marks.whiteout) {
+			l.whiteouts = append(l.whiteouts, whiteout{dir, base})
+			return nil
+		}
+	}
+	n, err := l.put(dir, base, e)
+	if err == nil && marks.opaque {
+		l.whiteouts = append(l.whiteouts, whiteout{n, ""})
+	}
+	return err
+}
+
+// namedWhiteout remembers the whiteout that a name is.
+func (l *Layers) namedWhiteout(dir *node, name string) (is bool, err error) {
 	switch hidden, ok := strings.CutPrefix(name, whiteoutPrefix); {
 	case name == whiteoutOpaque:
 		l.whiteouts = append(l.whiteouts, whiteout{dir, ""})
-		return nil
+		return true, nil
 	case strings.HasPrefix(name, whiteoutOther):
-		return nil
+		return true, nil
 	case ok && (hidden == "" || hidden == "." || hidden == ".."):
-		return fmt.Errorf("whiteout of %q, which is no name", hidden)
+		return true, fmt.Errorf("whiteout of %q, which is no name", hidden)
 	case ok:
 		l.whiteouts = append(l.whiteouts, whiteout{dir, hidden})
-		return nil
+		return true, nil
 	}
-	return l.put(h, dir, name, data)
+	return false, nil
 }
 
-// put makes h what dir has by that name; without a dir, the root.
-func (l *Layers) put(h *tar.Header, dir *node, name string, data *tarData) error {
-	if h.Typeflag == tar.TypeLink {
-		n, err := l.linked(h.Linkname)
-		if err != nil {
-			return err
+// put makes e what dir has by that name; without a dir, the root.
+func (l *Layers) put(dir *node, name string, e Entry) (*node, error) {
+	if dir == nil && (e.Link != "" || e.Mode&ModeType != ModeDir) {
+		return nil, errors.New("the root must be a directory")
+	}
+	if e.Link != "" {
+		n, err := l.linked(e.Link)
+		if err == nil {
+			l.place(dir, name, n)
 		}
-		if dir == nil {
-			return errors.New("the root must be a directory")
-		}
-		l.place(dir, name, n)
-		return nil
+		return n, err
 	}
-	e, err := l.convert(h)
-	if err != nil {
-		return err
-	}
-	if dir == nil && e.Mode&ModeType != ModeDir {
-		return errors.New("the root must be a directory")
-	}
-	if e.Size > 0 {
-		if e.Open, err = l.keep(h, data); err != nil {
-			return err
-		}
-	}
+	e.Xattrs = l.storable(e.Path, e.Xattrs)
 	n, err := l.b.newNode(e)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if dir == nil {
-		n.children, n.layers = l.b.root.children, l.b.root.layers
-		l.b.root = n
-		return nil
+	old := l.b.root
+	if dir != nil {
+		old = dir.children[name]
 	}
-	if old := dir.children[name]; old != nil && old.children != nil && n.children != nil {
+	if old != nil && old.children != nil && n.children != nil {
 		n.children, n.layers = old.children, old.layers
 		// Whiteouts in the directory are those of the one that takes its place.
 		for i := range l.whiteouts {
@@ -204,8 +233,30 @@ func (l *Layers) put(h *tar.Header, dir *node, name string, data *tarData) error
 			}
 		}
 	}
+	if dir == nil {
+		l.b.root = n
+		return n, nil
+	}
 	l.place(dir, name, n)
-	return nil
+	return n, nil
+}
+
+// storable leaves out, with a warning, the attributes that EROFS has no place for.
+func (l *Layers) storable(path string, attrs map[string][]byte) map[string][]byte {
+	var kept map[string][]byte
+	for _, name := range slices.Sorted(maps.Keys(attrs)) {
+		if _, _, err := splitXattrName(name); err != nil {
+			if l.o.Warn != nil {
+				l.o.Warn(path, err.Error())
+			}
+			continue
+		}
+		if kept == nil {
+			kept = make(map[string][]byte)
+		}
+		kept[name] = attrs[name]
+	}
+	return kept
 }
 
 // place puts n into dir, as of this layer.
@@ -302,7 +353,7 @@ func (l *Layers) enter(path []string, create bool) (*node, error) {
 // whiteOut does what a whiteout says, when all else of its layer is there.
 func (l *Layers) whiteOut(w whiteout) error {
 	if l.o.Overlay {
-		return l.overlayWhiteout(w)
+		return l.keepWhiteout(w)
 	}
 	if w.name == "" {
 		l.prune(w.dir)
@@ -330,31 +381,4 @@ func (l *Layers) pruneName(dir *node, name string) {
 	if dir.layers[name] != l.layer && len(n.children) == 0 {
 		delete(dir.children, name)
 	}
-}
-
-// overlayWhiteout says it in the words of overlayfs.
-func (l *Layers) overlayWhiteout(w whiteout) error {
-	opaque := w.dir
-	if w.name != "" {
-		n := w.dir.children[w.name]
-		switch {
-		case n == nil:
-			l.place(w.dir, w.name, &node{Entry: Entry{Path: w.name, Mode: ModeChar, Mtime: w.dir.Mtime}})
-			return nil
-		case n.children == nil:
-			return nil // it hides what is below
-		}
-		opaque = n
-	}
-	attrs, err := l.b.splitXattrs(map[string][]byte{overlayOpaque: []byte("y")})
-	if err != nil {
-		return err
-	}
-	for _, x := range opaque.attrs {
-		if x.xattrPrefix == attrs[0].xattrPrefix && x.suffix == attrs[0].suffix {
-			return nil
-		}
-	}
-	opaque.attrs = append(opaque.attrs, attrs...)
-	return nil
 }

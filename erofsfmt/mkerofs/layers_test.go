@@ -106,12 +106,12 @@ func layered(t testing.TB, o LayerOptions, layers ...[]byte) ([]corpus.Entry, er
 	return r.entries, nil
 }
 
-// lines is the contents of an image in the words of tarOf, without the root.
+// lines is the contents of an image in the words of tarOf, without a root that has no attributes.
 func lines(entries []corpus.Entry) string {
 	var list []string
 	for _, e := range entries {
 		switch {
-		case e.Path == ".":
+		case e.Path == "." && len(e.Xattrs) == 0:
 		case e.Mode&ModeType == ModeDir:
 			list = append(list, e.Path+"/")
 		case e.Mode&ModeType == ModeSymlink:
@@ -161,6 +161,8 @@ func TestLayers(t *testing.T) {
 		{"opaque, last", layers{{"d/a = 1"}, {"d/b = 2", "d/.wh..wh..opq"}}, "d/, d/b = 2"},
 		{"opaque, then the directory", layers{{"d/a = 1"}, {"d/.wh..wh..opq", "d/b = 2", "d/"}}, "d/, d/b = 2"},
 		{"opaque root", layers{{"a = 1"}, {".wh..wh..opq", "b = 2"}}, "b = 2"},
+		{"opaque root, then the root", layers{{"a = 1"}, {".wh..wh..opq", "./", "b = 2"}}, "b = 2"},
+		{"opaque root, then the root, alone", layers{{".wh..wh..opq", "./", "b = 2"}}, "b = 2"},
 		{"opaque keeps what is new below", layers{{"d/e/a = 1"}, {"d/e/b = 2", "d/.wh..wh..opq"}}, "d/, d/e/, d/e/b = 2"},
 		{"aufs", layers{{"a = 1"}, {".wh..wh.plnk/", ".wh..wh.aufs"}}, "a = 1"},
 		{"hard link", layers{{"a = 1", "b => a", "d/c => ./a"}}, "a = 1 x3, b = 1 x3, d/, d/c = 1 x3"},

@@ -13,14 +13,15 @@ import (
 
 // A place is where a node will lie.
 type place struct {
-	ino     uint32 // its number in the order of the disk, from 1; 0 before the walk came to it
-	nlink   uint32
-	compact bool
-	chunks  int64  // of a chunk-based file
-	offset  int64  // of the inode
-	block   uint32 // the first of its blocks
-	blocks  int64
-	tail    int64 // bytes of its content that lie behind the inode; the others fill the blocks
+	ino       uint32 // its number in the order of the disk, from 1; 0 before the walk came to it
+	nlink     uint32
+	compact   bool
+	chunks    int64  // of a chunk-based file
+	chunkBits uint8  // as its inode says how long they are: 1<<chunkBits blocks
+	offset    int64  // of the inode
+	block     uint32 // the first of its blocks
+	blocks    int64
+	tail      int64 // bytes of its content that lie behind the inode; the others fill the blocks
 }
 
 func (p *place) nid() uint64 { return uint64(p.offset / ondisk.InodeSlot) }
@@ -50,7 +51,10 @@ type layout struct {
 
 // plan decides where everything will lie.
 func (b *Builder) plan(nodes []*node, spools *spools) (*layout, error) {
-	l := &layout{nodes: nodes, files: b.dataOrder(nodes), shared: b.encodeXattrs(nodes)}
+	l := &layout{nodes: nodes, shared: b.encodeXattrs(nodes)}
+	if !b.options.MetadataOnly {
+		l.files = b.dataOrder(nodes)
+	}
 	l.prefixes = int64(len(l.shared))
 	l.shared = append(l.shared, encodePrefixes(b.prefixes)...)
 	for _, n := range l.nodes {
@@ -194,9 +198,7 @@ func (b *Builder) splitNode(n *node) {
 		n.blocks, n.tail = n.stored.blocks, n.stored.tail
 	case n.Mode&ModeType == ModeRegular:
 		n.blocks, n.tail = b.split(n.Size)
-		if n.chunks = n.chunkCount(b.options.ChunkSize); n.chunks > 0 {
-			n.blocks, n.tail = 0, 0
-		}
+		b.splitChunks(n)
 	default:
 		n.blocks, n.tail = b.splitTail(n.Size, b.options.BlockSize/2)
 	}

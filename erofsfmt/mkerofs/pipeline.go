@@ -148,7 +148,7 @@ func (p *pipeline) read(files []*node) error {
 			}
 			continue
 		}
-		if err := p.queue(&segment{n: n, first: true, last: true}); err != nil {
+		if err := p.queue(&segment{n: n, size: int(n.Size), first: true, last: true}); err != nil {
 			return err
 		}
 	}
@@ -175,7 +175,8 @@ func (p *pipeline) readBig(n *node) (err error) {
 	defer func() { err = errors.Join(err, r.Close()) }()
 	checksum := uint32(0)
 	for off := int64(0); off < n.Size; off += maxSegment {
-		s := &segment{n: n, first: off == 0, last: n.Size-off <= maxSegment, data: p.buffers.get(int(min(maxSegment, n.Size-off)))}
+		size := int(min(maxSegment, n.Size-off))
+		s := &segment{n: n, size: size, first: off == 0, last: n.Size-off <= maxSegment, data: p.buffers.get(size)}
 		if err := readSome(r, s.data, off); err != nil {
 			return err
 		}
@@ -198,6 +199,10 @@ func (p *pipeline) collect(s *segment) error {
 	<-s.done
 	if s.err != nil {
 		return s.err
+	}
+	p.progress.add(s.size)
+	if s.last {
+		p.progress.file()
 	}
 	st := s.n.stored
 	if s.first {

@@ -15,6 +15,7 @@ import (
 type segment struct {
 	n     *node
 	data  []byte // what it holds; read by the worker if nil
+	size  int    // how many bytes that are
 	first bool   // of its file
 	last  bool
 

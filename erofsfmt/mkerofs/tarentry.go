@@ -15,8 +15,38 @@ import (
 	"strings"
 )
 
+// fromTar makes an entry of a header and what follows it.
+func (l *Layers) fromTar(h *tar.Header, data *tarData) (Entry, error) {
+	if h.Typeflag == tar.TypeLink {
+		if h.Linkname == "" {
+			return Entry{}, errors.New("hard link to nothing")
+		}
+		return Entry{Path: h.Name, Link: h.Linkname}, nil
+	}
+	e, err := convert(h)
+	if err == nil {
+		err = l.count(&e)
+	}
+	if err == nil && e.Size > 0 {
+		e.Open, err = l.keep(h, data)
+	}
+	return e, err
+}
+
+// count adds the data of e to that of all.
+func (l *Layers) count(e *Entry) error {
+	if e.Link != "" || e.Mode&ModeType != ModeRegular || e.Size <= 0 {
+		return nil
+	}
+	if e.Size > math.MaxInt64-l.bytes || l.o.MaxBytes > 0 && l.bytes+e.Size > l.o.MaxBytes {
+		return fmt.Errorf("%d bytes: all files together have more than %d", e.Size, l.o.MaxBytes)
+	}
+	l.bytes += e.Size
+	return nil
+}
+
 // convert makes an entry of a header, but for its data.
-func (l *Layers) convert(h *tar.Header) (Entry, error) {
+func convert(h *tar.Header) (Entry, error) {
 	e := Entry{Path: h.Name, Mode: uint32(h.Mode) & 0o7777, Mtime: h.ModTime}
 	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) > math.MaxUint32 || int64(h.Gid) > math.MaxUint32 {
 		return e, fmt.Errorf("owner %d:%d: must be from 0 to %d", h.Uid, h.Gid, uint32(math.MaxUint32))
@@ -46,7 +76,7 @@ func (l *Layers) convert(h *tar.Header) (Entry, error) {
 		return e, fmt.Errorf("tar entry of type %q: is not known", h.Typeflag)
 	}
 	var err error
-	e.Xattrs, err = l.xattrs(h)
+	e.Xattrs, err = tarXattrs(h)
 	return e, err
 }
 
@@ -61,8 +91,8 @@ const (
 	xattrACLDefault = "system.posix_acl_default"
 )
 
-// xattrs gives the extended attributes of an entry. Where several records speak of one, star's counts.
-func (l *Layers) xattrs(h *tar.Header) (map[string][]byte, error) {
+// tarXattrs gives the extended attributes of an entry. Where several records speak of one, star's counts.
+func tarXattrs(h *tar.Header) (map[string][]byte, error) {
 	attrs := make(map[string][]byte)
 	for key, value := range h.PAXRecords {
 		if name, ok := strings.CutPrefix(key, paxLibarchive); ok {
@@ -89,14 +119,6 @@ func (l *Layers) xattrs(h *tar.Header) (map[string][]byte, error) {
 	for key, value := range h.PAXRecords {
 		if name, ok := strings.CutPrefix(key, paxXattr); ok {
 			attrs[name] = []byte(value)
-		}
-	}
-	for name := range attrs {
-		if _, _, err := splitXattrName(name); err != nil {
-			delete(attrs, name)
-			if l.o.Warn != nil {
-				l.o.Warn(h.Name, err.Error())
-			}
 		}
 	}
 	return attrs, nil
@@ -199,10 +221,6 @@ type tarData struct {
 
 // keep makes the data of h available to Finish.
 func (l *Layers) keep(h *tar.Header, d *tarData) (func() (io.ReadCloser, error), error) {
-	if h.Size > math.MaxInt64-l.bytes || l.o.MaxBytes > 0 && l.bytes+h.Size > l.o.MaxBytes {
-		return nil, fmt.Errorf("%d bytes: all files together have more than %d", h.Size, l.o.MaxBytes)
-	}
-	l.bytes += h.Size
 	section := func(r io.ReaderAt, off int64) func() (io.ReadCloser, error) {
 		return func() (io.ReadCloser, error) { return io.NopCloser(io.NewSectionReader(r, off, h.Size)), nil }
 	}

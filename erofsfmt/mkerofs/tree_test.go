@@ -107,6 +107,14 @@ func edgeTree(blockSize int) []Entry {
 	return append(entries, xattrEntries(at, bs)...)
 }
 
+// zeroed makes all data zeros.
+func zeroed(entries []Entry) []Entry {
+	for i := range entries {
+		entries[i].Open = opener(make([]byte, entries[i].Size))
+	}
+	return entries
+}
+
 // xattrEntries has bodies of many sizes, so that inodes with short tails come to lie at every place of a block.
 func xattrEntries(at time.Time, bs int) []Entry {
 	var entries []Entry
@@ -356,6 +364,8 @@ func plainImages(t testing.TB) []image {
 		{"wide", Options{}, wideTree()},
 		{"wide, 512", Options{BlockSize: 512, InlineMax: 256}, wideTree()},
 		{"empty", Options{}, nil},
+		{"no data", Options{MetadataOnly: true}, zeroed(edgeTree(4096))},
+		{"no data, 512", Options{MetadataOnly: true, BlockSize: 512}, zeroed(edgeTree(512))},
 	}
 	for _, prefixes := range [][]string{nil, {"trusted.overlay.", "user.org.example.", "user.org.example.very.long.", "security.s"}} {
 		list = append(list, image{fmt.Sprintf("shared xattrs, prefixes %q", prefixes), Options{XattrPrefixes: prefixes, InlineMax: 4096}, shareTree()})

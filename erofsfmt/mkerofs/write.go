@@ -24,6 +24,7 @@ func (b *Builder) Finish(ctx context.Context) (size int64, err error) {
 		return 0, errors.New("the image is finished")
 	}
 	b.finished = true
+	b.progress.report = b.options.Progress
 	nodes := b.walk()
 	var s *spools
 	if b.options.Compression.Algorithm != Uncompressed {
@@ -42,7 +43,8 @@ func (b *Builder) Finish(ctx context.Context) (size int64, err error) {
 	}
 	w := &writer{
 		ctx: ctx, to: b.w, pos: l.metaStart, content: sha256.New(),
-		blockSize: int64(b.options.BlockSize), chunkSize: b.options.ChunkSize, chunkFormat: b.chunkFormat(),
+		blockSize: int64(b.options.BlockSize), chunkSize: b.options.ChunkSize, metadataOnly: b.options.MetadataOnly,
+		progress: &b.progress,
 	}
 	w.out = bufio.NewWriterSize(io.NewOffsetWriter(b.w, w.pos), bufferSize)
 	for _, step := range []func(*layout) error{w.metadata, w.data, func(l *layout) error { return b.writeSuper(l, w) }} {
@@ -50,7 +52,30 @@ func (b *Builder) Finish(ctx context.Context) (size int64, err error) {
 			return 0, fmt.Errorf("write image: %w", err)
 		}
 	}
+	b.stats = b.count(l)
 	return l.blocks * w.blockSize, nil
+}
+
+// progress counts for Options.Progress what is consumed.
+type progress struct {
+	report       func(files, bytes int64)
+	files, bytes int64
+}
+
+func (p *progress) add(bytes int) {
+	p.bytes += int64(bytes)
+	p.say()
+}
+
+func (p *progress) file() {
+	p.files++
+	p.say()
+}
+
+func (p *progress) say() {
+	if p.report != nil {
+		p.report(p.files, p.bytes)
+	}
 }
 
 // find gives what is at a path, or nil.
@@ -86,14 +111,15 @@ func (b *Builder) dataOrder(nodes []*node) []*node {
 
 // A writer writes an image from the first inode to the end.
 type writer struct {
-	ctx         context.Context
-	to          io.WriterAt
-	out         *bufio.Writer // to, from pos on
-	pos         int64
-	blockSize   int64
-	chunkSize   int
-	chunkFormat uint32
-	content     hash.Hash // of the metadata, and of the files' checksums
+	ctx          context.Context
+	to           io.WriterAt
+	out          *bufio.Writer // to, from pos on
+	pos          int64
+	blockSize    int64
+	chunkSize    int
+	metadataOnly bool
+	progress     *progress
+	content      hash.Hash // of the metadata, and of the files' checksums
 }
 
 // Write is for what follows the last byte.
@@ -166,12 +192,16 @@ func (w *writer) metadata(l *layout) error {
 
 // inode writes all that lies together with n's inode behind b. The tails of files that are not in a spool come later.
 func (w *writer) inode(l *layout, n *node, b []byte) ([]byte, error) {
-	b = append(n.encodeInode(b, w.chunkFormat), n.xattrs...)
+	b = append(n.encodeInode(b), n.xattrs...)
 	if n.encoded() {
 		b = append(b, make([]byte, n.indexStart()-int64(len(b)))...)
 		x := n.stored.index
 		x.block = n.block
 		b = x.append(b, n.indexStart()+ondisk.MapHeaderSize)
+	}
+	if w.metadataOnly && n.chunks > 0 {
+		b = append(b, make([]byte, n.indexStart()-int64(len(b)))...)
+		return appendHoles(b, n.chunks), nil
 	}
 	switch {
 	case n.tail == 0:
@@ -212,6 +242,7 @@ func (w *writer) data(l *layout) error {
 		if err := write(n, buf); err != nil {
 			return fmt.Errorf("%q, a file of %d bytes: %w", n.Path, n.Size, err)
 		}
+		w.progress.file()
 	}
 	if w.chunkSize > 0 {
 		l.blocks = roundUp(w.pos, w.blockSize) / w.blockSize
@@ -246,17 +277,22 @@ func (w *writer) file(n *node, buf []byte) (err error) {
 
 	sum := crc32.New(castagnoli)
 	src := io.TeeReader(ctxReader{w.ctx, r}, sum)
-	if whole := n.Size - n.tail; whole > 0 {
+	whole := n.Size - n.tail
+	if whole > 0 {
 		if err := w.padTo(int64(n.block) * w.blockSize); err != nil {
 			return err
 		}
-		m, err := io.CopyBuffer(w, io.LimitReader(src, whole), buf)
-		if err == nil && m < whole {
-			err = io.ErrUnexpectedEOF
+	}
+	for off := int64(0); off < whole; {
+		p := buf[:min(int64(len(buf)), whole-off)]
+		if err := readSome(src, p, off); err != nil {
+			return err
 		}
-		if err != nil {
-			return fmt.Errorf("its source, after %d bytes: %w", m, err)
+		if _, err := w.Write(p); err != nil {
+			return err
 		}
+		off += int64(len(p))
+		w.progress.add(len(p))
 	}
 	if n.tail > 0 {
 		if err := w.tail(n, src, buf[:n.tail]); err != nil {
@@ -275,6 +311,7 @@ func (w *writer) tail(n *node, src io.Reader, buf []byte) error {
 	if err := readSome(src, buf, n.Size-n.tail); err != nil {
 		return err
 	}
+	w.progress.add(len(buf))
 	_, err := w.to.WriteAt(buf, n.offset+n.headSize())
 	return err
 }

@@ -137,7 +137,6 @@ func (b *Builder) encodeXattrs(nodes []*node) (shared []byte) {
 	}
 	for _, n := range nodes {
 		n.xattrs = b.encodeBody(n.attrs, ids)
-		n.attrs = nil
 	}
 	return shared
 }
