@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -88,14 +87,6 @@ func (p *program) mount(c *cli.Context) error {
 		return p.serveMount(c.Context, m, log)
 	}
 	return backend.StartInBackground(c.Context, os.Args[1:], m.source.stdin())
-}
-
-// stdin is what a child reads that was started with the same arguments.
-func (s *sourceOptions) stdin() io.Reader {
-	if s.client.Password == "" {
-		return nil
-	}
-	return strings.NewReader(s.client.Password)
 }
 
 func parseMount(c *cli.Context) (m *mountRequest, err error) {

@@ -158,6 +158,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	s := &sourceOptions{cacheDir: rec.Access.CacheDir, client: registry.Options{
 		PlainHTTP: rec.Access.PlainHTTP, AuthFile: rec.Access.AuthFile, ErrorWait: wait, Logger: log.Logger,
 		Username: rec.Access.Username, Password: password,
+		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err

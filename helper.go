@@ -160,7 +160,7 @@ func helperKeys() map[string]bool {
 	return map[string]bool{
 		"backend": true, "platform": true, "layer": true, "blob": true, "authfile": true, "cache-dir": true,
 		"on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
-		"tls-ca": true, "tls-verify": true,
+		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true,
 		"plain-http": false, "tmpfs-overlay": false, "supervise": false,
 	}
 }
@@ -176,7 +176,7 @@ func helperFlags(options []string, sloppy bool) ([]string, error) {
 		switch {
 		case key == "password" || key == "pass":
 			return nil, usagef("mount option %s: a password is not taken here, since everybody may read fstab and ps; podman login or docker login keeps it in a file, which authfile=FILE names", name)
-		case key == "username" || key == "password-stdin":
+		case key == "username" || key == "password-stdin" || key == "creds-stdin":
 			return nil, usagef("mount option %s: nobody can be asked for the password; podman login or docker login keeps it in a file, which authfile=FILE names", name)
 		case ours && wants && value == "":
 			return nil, usagef("mount option %s needs a value, as %s=VALUE", name, name)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -32,8 +31,10 @@ func sourceFlags() []cli.Flag {
 		&cli.BoolFlag{Name: "tls-verify", Value: true, Usage: "--tls-verify=false takes any certificate of a registry for good"},
 		&cli.StringFlag{Name: "username", Aliases: []string{"u"}, Usage: "log in as `NAME`"},
 		&cli.BoolFlag{Name: "password-stdin", Usage: "read the password from standard input"},
+		&cli.BoolFlag{Name: "creds-stdin", Usage: "read NAME:PASSWORD, in one line, from standard input"},
 		&cli.StringFlag{Name: "authfile", Usage: "read credentials from `FILE` (default: those of podman login and docker login)"},
 		&cli.StringFlag{Name: "on-error", Value: "wait:60s", Usage: "how long a read waits for a network in trouble before it fails: `wait:DURATION`"},
+		&cli.IntFlag{Name: "max-conns-per-host", Value: registry.DefaultMaxConns, Usage: "keep at most `N` connections to a host"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
 	}
 }
@@ -47,9 +48,6 @@ func imageFlags() []cli.Flag {
 	}, sourceFlags()...)
 }
 
-// passwordLimit bounds what is read as a password.
-const passwordLimit = 64 << 10
-
 // sourceOptions are what is to be read: a reference, and the parsed flags.
 type sourceOptions struct {
 	ref      imageRef
@@ -61,6 +59,8 @@ type sourceOptions struct {
 	cacheDir string
 	onError  string
 	tlsCA    string
+	// creds says that name and password come in one line.
+	creds bool
 }
 
 // access is what of the options another process needs to reach the same blob; the
@@ -69,6 +69,7 @@ func (s *sourceOptions) access() backend.Access {
 	return backend.Access{
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
+		MaxConnsPerHost: s.client.MaxConnsPerHost,
 	}
 }
 
@@ -116,6 +117,10 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if err != nil {
 		return err
 	}
+	conns := c.Int("max-conns-per-host")
+	if conns < 1 {
+		return usagef("--max-conns-per-host %d: want 1 or more", conns)
+	}
 	authFile := c.String("authfile")
 	if authFile != "" {
 		// A server in the background has another working directory.
@@ -136,13 +141,15 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 		AuthFile:  authFile,
 		ErrorWait: wait,
 		Logger:    log,
+
+		MaxConnsPerHost: conns,
 	}
 	s.selector = registry.Selector{Platform: c.String("platform")}
 	s.cacheDir = cacheDir
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
-	if err := p.passwordOption(c, s); err != nil {
+	if err := p.credentialsOption(c, s); err != nil {
 		return err
 	}
 	return selectLayer(c, s)
@@ -168,50 +175,6 @@ func selectLayer(c *cli.Context, s *sourceOptions) error {
 	}
 	s.selector.Blob = d
 	return nil
-}
-
-func (p *program) passwordOption(c *cli.Context, s *sourceOptions) error {
-	switch {
-	case c.Bool("password-stdin") && s.client.Username == "":
-		return usagef("--password-stdin needs --username")
-	case s.client.Username != "" && !c.Bool("password-stdin"):
-		return usagef("--username needs --password-stdin (a password on the command line would show in ps)")
-	case !c.Bool("password-stdin"):
-		return nil
-	}
-	password, err := readPassword(c.Context, p.stdin)
-	s.client.Password = password
-	return err
-}
-
-// readPassword reads all of r; a signal ends the wait for somebody who types.
-func readPassword(ctx context.Context, r io.Reader) (string, error) {
-	type answer struct {
-		b   []byte
-		err error
-	}
-	read := make(chan answer, 1)
-	go func() {
-		b, err := io.ReadAll(io.LimitReader(r, passwordLimit+int64(len("\r\n"))+1))
-		read <- answer{b, err}
-	}()
-	var a answer
-	select {
-	case a = <-read:
-	case <-ctx.Done():
-		return "", ctx.Err()
-	}
-	if a.err != nil {
-		return "", fmt.Errorf("read the password: %w", a.err)
-	}
-	password := strings.TrimRight(string(a.b), "\r\n")
-	if len(password) > passwordLimit {
-		return "", fmt.Errorf("read the password: more than %d bytes on standard input", passwordLimit)
-	}
-	if password == "" {
-		return "", errors.New("read the password: nothing on standard input")
-	}
-	return password, nil
 }
 
 func parseOnError(v string) (time.Duration, error) {

@@ -49,7 +49,8 @@ type Access struct {
 	CacheDir  string `json:"cache_dir,omitempty"`
 	TLSCA     string `json:"tls_ca,omitempty"`
 
-	SkipTLSVerify bool `json:"skip_tls_verify,omitempty"`
+	SkipTLSVerify   bool `json:"skip_tls_verify,omitempty"`
+	MaxConnsPerHost int  `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 }
 
 // State says how a recorded mount is.

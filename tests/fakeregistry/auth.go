@@ -1,6 +1,7 @@
 package fakeregistry
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
@@ -20,8 +21,9 @@ const (
 type tokens struct {
 	opts Options
 
-	mu     sync.Mutex
-	issued map[string]given
+	mu                 sync.Mutex // guards what follows
+	username, password string
+	issued             map[string]given
 }
 
 type given struct {
@@ -29,7 +31,29 @@ type given struct {
 	expires time.Time
 }
 
-func newTokens(o Options) *tokens { return &tokens{opts: o, issued: map[string]given{}} }
+func newTokens(o Options) *tokens {
+	return &tokens{opts: o, username: o.Username, password: o.Password, issued: map[string]given{}}
+}
+
+// SetCredentials replaces Options.Username and Password. Tokens that were given out
+// live on.
+func (r *Registry) SetCredentials(username, password string) {
+	r.tokens.mu.Lock()
+	defer r.tokens.mu.Unlock()
+	r.tokens.username, r.tokens.password = username, password
+}
+
+// admits says whether a request bears the right name and password; anybody does
+// where there is no name.
+func (t *tokens) admits(req *http.Request) bool {
+	user, password, ok := req.BasicAuth()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.username == "" {
+		return !ok
+	}
+	return ok && user == t.username && password == t.password
+}
 
 func (t *tokens) issue(scope string) string {
 	token := rand.Text()
@@ -67,7 +91,7 @@ func (t *tokens) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "incorrect username or password")
 		return
 	}
-	answer := map[string]any{"expires_in": t.opts.TokenLife.Seconds()}
+	answer := map[string]any{"expires_in": cmp.Or(t.opts.TokenClaim, t.opts.TokenLife).Seconds()}
 	name := "token"
 	if req.Method == http.MethodPost {
 		name = "access_token"
@@ -82,11 +106,7 @@ func (t *tokens) knows(req *http.Request) bool {
 		return t.opts.IdentityToken != "" && req.PostForm.Get("grant_type") == "refresh_token" &&
 			req.PostForm.Get("refresh_token") == t.opts.IdentityToken
 	}
-	user, password, ok := req.BasicAuth()
-	if t.opts.Username == "" {
-		return !ok
-	}
-	return ok && user == t.opts.Username && password == t.opts.Password
+	return t.admits(req)
 }
 
 // authenticate lets a request through to the endpoints, or challenges it.
@@ -95,11 +115,14 @@ func (r *Registry) authenticate(w http.ResponseWriter, req *http.Request) {
 		r.tokens.ServeHTTP(w, req)
 		return
 	}
+	if r.signer != nil {
+		r.serveSigned(w, req)
+		return
+	}
 	scope := scopeOf(req)
 	switch r.opts.Auth {
 	case Basic:
-		user, password, ok := req.BasicAuth()
-		if !ok || user != r.opts.Username || password != r.opts.Password {
+		if !r.tokens.admits(req) {
 			w.Header().Set("WWW-Authenticate", `Basic realm="fakeregistry", charset="UTF-8"`)
 			refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "authentication required")
 			return

@@ -68,6 +68,11 @@ func (r *Registry) blob(w http.ResponseWriter, req *http.Request, repo string, d
 		refuse(w, http.StatusMethodNotAllowed, "UNSUPPORTED", "only GET and HEAD")
 		return
 	}
+	if r.storage != nil && req.Method == http.MethodGet {
+		w.Header().Set("Location", r.storage.sign(req.URL.Path, time.Now()))
+		w.WriteHeader(http.StatusTemporaryRedirect)
+		return
+	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("Docker-Content-Digest", d.String())
 	http.ServeContent(w, req, "", time.Time{}, io.NewSectionReader(b.data, 0, b.size))

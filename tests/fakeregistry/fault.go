@@ -1,22 +1,27 @@
 package fakeregistry
 
 import (
+	"net"
 	"net/http"
+	"strconv"
 	"time"
 )
 
 // A Fault is what goes wrong with one request. The zero value is nothing.
 //
-// Handler and Status take the registry's place; Header, Break and Stall work on
-// any answer.
+// Handler and Status take the registry's place; the rest works on any answer.
 type Fault struct {
 	Handler http.Handler // gives the whole answer
 	Status  int          // refuses with this status and an error document
-	Header  http.Header  // laid over the answer's header; an empty list removes
+	// Rewrite changes a whole answer, which is in memory for that. What it leaves
+	// of Content-Length is overwritten with the truth.
+	Rewrite func(status int, header http.Header, body []byte) (int, []byte)
+	Header  http.Header // laid over the answer's header; an empty list removes
 
 	// After so many bytes of the body (below 0: before the header)
 	After int64
-	Break bool            // the connection breaks
+	Break bool            // the connection ends
+	Reset bool            // the connection is reset, where it is one of HTTP/1
 	Stall <-chan struct{} // nothing is sent until the channel is closed
 }
 
@@ -38,15 +43,57 @@ func (r *Registry) handle(s *server, w http.ResponseWriter, req *http.Request) {
 	if f.After < 0 {
 		out.trip()
 	}
-	switch {
-	case f.Handler != nil:
-		f.Handler.ServeHTTP(out, req)
-	case f.Status != 0:
-		refuse(out, f.Status, "FAULT", "a fault was asked for")
-	default:
-		r.authenticate(out, req)
+	if f.Rewrite == nil {
+		r.answer(out, req, f)
+	} else {
+		draft := &draft{header: http.Header{}}
+		r.answer(draft, req, f)
+		draft.send(out, f.Rewrite)
 	}
 	out.end()
+}
+
+func (r *Registry) answer(w http.ResponseWriter, req *http.Request, f *Fault) {
+	switch {
+	case f.Handler != nil:
+		f.Handler.ServeHTTP(w, req)
+	case f.Status != 0:
+		refuse(w, f.Status, "FAULT", "a fault was asked for")
+	default:
+		r.authenticate(w, req)
+	}
+}
+
+// A draft is an answer that nobody has seen yet.
+type draft struct {
+	header http.Header
+	status int
+	body   []byte
+}
+
+func (d *draft) Header() http.Header { return d.header }
+
+func (d *draft) WriteHeader(status int) {
+	if d.status == 0 {
+		d.status = status
+	}
+}
+
+func (d *draft) Write(p []byte) (int, error) {
+	d.WriteHeader(http.StatusOK)
+	d.body = append(d.body, p...)
+	return len(p), nil
+}
+
+func (d *draft) send(w http.ResponseWriter, rewrite func(int, http.Header, []byte) (int, []byte)) {
+	d.WriteHeader(http.StatusOK)
+	status, body := rewrite(d.status, d.header, d.body)
+	for name, values := range d.header {
+		w.Header()[name] = values
+	}
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // the client's loss
 }
 
 // An answer is a ResponseWriter that counts, is slow, and has a fault.
@@ -111,7 +158,7 @@ func (a *answer) Flush() {
 	_ = http.NewResponseController(a.w).Flush()
 }
 
-func (a *answer) faulty() bool { return a.fault.Break || a.fault.Stall != nil }
+func (a *answer) faulty() bool { return a.fault.Break || a.fault.Reset || a.fault.Stall != nil }
 
 // end is reached when the body is complete. A fault that lies exactly at its end
 // still happens: the client has every byte, but not the end.
@@ -133,9 +180,31 @@ func (a *answer) trip() {
 	if a.fault.Stall != nil {
 		a.wait(a.fault.Stall)
 	}
-	if a.fault.Break {
+	if a.fault.Reset {
+		a.reset()
+	}
+	if a.fault.Break || a.fault.Reset {
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// reset closes the connection without a farewell: its client sees ECONNRESET.
+func (a *answer) reset() {
+	conn, _, err := http.NewResponseController(a.w).Hijack()
+	if err != nil {
+		return // HTTP/2 resets the stream
+	}
+	for {
+		over, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = over.NetConn()
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // without it the client sees the end, no reset
+	}
+	_ = conn.Close() // nothing is to be said any more
 }
 
 // pause lets d pass.

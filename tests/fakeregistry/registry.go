@@ -17,8 +17,11 @@
 //	count → latency → fault → authentication → the specification's endpoints
 //
 // and its answer back through the bandwidth and the fault. A Fault is decided
-// for each request by one function (see SetFault); whatever a misbehaving server
-// does is made there and nowhere else.
+// for each request by one function (see SetFault and Plan); whatever a misbehaving
+// server does is made there and nowhere else.
+//
+// With Options.SignedURLs blobs lie elsewhere, as they do with the big registries:
+// the registry redirects to a second origin by URLs that expire (see Storage).
 //
 // It listens on 127.0.0.1 only. It does not delete, does not mount blobs across
 // repositories (a mount parameter starts an ordinary upload, as the
@@ -63,6 +66,11 @@ type Options struct {
 	// TokenLife is how long a token is accepted, and what the token service says
 	// of it; 0 is five minutes.
 	TokenLife time.Duration
+	// TokenClaim is what the token service says of it where that is not the truth.
+	TokenClaim time.Duration
+	// SignedURLs, if not 0, is how long the URLs are good to which a GET of a blob
+	// is redirected.
+	SignedURLs time.Duration
 	// Dir is where blobs are kept, in files that have no name; empty: in memory.
 	Dir string
 }
@@ -74,6 +82,8 @@ type Registry struct {
 	cert    *certificate // nil without TLS
 	store   *store
 	tokens  *tokens
+	storage *Registry // nil: blobs are here
+	signer  *signer   // nil: this is no storage
 	mux     *http.ServeMux
 	mu      sync.Mutex // guards what follows
 	server  *server    // nil while stopped
@@ -103,6 +113,11 @@ func New(o Options) (*Registry, error) {
 		return nil, fmt.Errorf("fake registry: %w", err)
 	}
 	r.addr = l.Addr().String()
+	if o.SignedURLs != 0 {
+		if r.storage, err = newStorage(r); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+	}
 	r.server = r.serve(l)
 	return r, nil
 }
@@ -179,6 +194,9 @@ func (r *Registry) Start() error {
 // Close stops the registry for good and drops its content.
 func (r *Registry) Close() error {
 	r.Stop()
+	if r.storage != nil {
+		r.storage.Stop()
+	}
 	return r.store.close()
 }
 
