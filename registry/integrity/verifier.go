@@ -1,0 +1,144 @@
+package integrity
+
+import (
+	"bytes"
+	"container/list"
+	"context"
+	"fmt"
+	"sync"
+)
+
+// ReadFunc fills all of p from byte off of data and tree, or returns an error. It may be
+// called by many at a time.
+type ReadFunc func(ctx context.Context, p []byte, off int64) error
+
+// VerifierOptions are those of a Verifier.
+type VerifierOptions struct {
+	// CacheBytes is how many bytes of verified hash blocks are remembered. 0 stands for
+	// 4 MiB, which is those of 512 MiB of data, in blocks of 4096 and SHA-256.
+	CacheBytes int64
+}
+
+// A Verifier verifies data blocks, and reads what it needs of the tree. It remembers hash
+// blocks only once they are verified up to the root digest. It may be used by many at a
+// time; two who need the same hash block at the same moment both read it.
+type Verifier struct {
+	tree *Verity
+	read ReadFunc
+	max  int // hash blocks that are remembered
+
+	mu     sync.Mutex
+	blocks map[int64]*list.Element // guarded by mu; by offset, of *hashBlock
+	recent list.List               // guarded by mu; of *hashBlock, the last used first
+}
+
+// A hashBlock has been verified. Its data does not change.
+type hashBlock struct {
+	off  int64
+	data []byte
+}
+
+// NewVerifier makes a verifier that reads hash blocks by read.
+func (v *Verity) NewVerifier(read ReadFunc, o VerifierOptions) *Verifier {
+	if o.CacheBytes == 0 {
+		o.CacheBytes = 4 << 20
+	}
+	// Without room for a path from leaf to root, each read would begin at the root.
+	n := max(o.CacheBytes/int64(v.block), int64(len(v.levels)))
+	return &Verifier{tree: v, read: read, max: int(n), blocks: make(map[int64]*list.Element)}
+}
+
+// Verify returns nil if p, which is whole blocks of the data from byte off on, is what
+// the root digest was made of. It returns a *MismatchError if that is not so, or if a
+// hash block above it was changed, and wraps the error of the read function. Once its hash
+// blocks are remembered, it does not allocate unless it fails.
+func (r *Verifier) Verify(ctx context.Context, p []byte, off int64) error {
+	v, size := r.tree, int64(r.tree.block)
+	if off < 0 || off%size != 0 || len(p)%v.block != 0 || off > v.dataSize()-int64(len(p)) {
+		return fmt.Errorf("integrity: %d bytes at %d are not whole blocks of %d within the %d bytes that dm-verity covers", len(p), off, size, v.dataSize())
+	}
+	var leaf []byte // the hash block that has the digest of block n, unless n begins another
+	for n := off / size; len(p) > 0; n++ {
+		if leaf == nil || n%v.fanout == 0 {
+			var err error
+			if leaf, err = r.digests(ctx, 0, n/v.fanout); err != nil {
+				return err
+			}
+		}
+		if err := v.check(p[:size], leaf, 0, n); err != nil {
+			return err
+		}
+		p = p[size:]
+	}
+	return nil
+}
+
+// digests is block n of the level, verified. What is above the highest level is the root
+// digest.
+func (r *Verifier) digests(ctx context.Context, level int, n int64) ([]byte, error) {
+	v := r.tree
+	if level == len(v.levels) {
+		return v.root, nil
+	}
+	off := v.levels[level].off + n*int64(v.block)
+	if data := r.remembered(off); data != nil {
+		return data, nil
+	}
+	parent, err := r.digests(ctx, level+1, n/v.fanout)
+	if err != nil {
+		return nil, err
+	}
+	data := make([]byte, v.block)
+	if err := r.read(ctx, data, off); err != nil {
+		return nil, fmt.Errorf("integrity: dm-verity hash block at %d: %w", off, err)
+	}
+	if err := v.check(data, parent, level+1, n); err != nil {
+		return nil, err
+	}
+	r.remember(off, data)
+	return data, nil
+}
+
+// check compares block n of a level, 0 being the data, with its digest among those of
+// the hash block above it.
+func (v *Verity) check(block, parent []byte, level int, n int64) error {
+	at := int(n%v.fanout) * v.digest
+	want := parent[at : at+v.digest]
+	got := v.hash.sum(block)
+	if bytes.Equal(got[:v.digest], want) {
+		return nil
+	}
+	e := &MismatchError{What: "data block", Index: n, Level: level, Off: n * int64(v.block), Len: int64(v.block),
+		Algorithm: v.hash.alg, Want: bytes.Clone(want), Got: bytes.Clone(got[:v.digest])}
+	if level > 0 {
+		e.What = "hash block"
+		e.Off += v.levels[level-1].off
+	}
+	return e
+}
+
+func (r *Verifier) remembered(off int64) []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.blocks[off]
+	if e == nil {
+		return nil
+	}
+	r.recent.MoveToFront(e)
+	return e.Value.(*hashBlock).data
+}
+
+// remember keeps a block that was verified. Readers may still hold one that is forgotten.
+func (r *Verifier) remember(off int64, data []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.blocks[off] != nil {
+		return // another reader was as quick
+	}
+	r.blocks[off] = r.recent.PushFront(&hashBlock{off, data})
+	if r.recent.Len() > r.max {
+		e := r.recent.Back()
+		r.recent.Remove(e)
+		delete(r.blocks, e.Value.(*hashBlock).off)
+	}
+}
