@@ -121,10 +121,10 @@ func (r *reader) read(_ context.Context, p []byte, off int64) error {
 	if r.fail != nil {
 		return r.fail
 	}
+	r.reads = append(r.reads, off)
 	if off < 0 || off > int64(len(r.blob)-len(p)) {
 		return fmt.Errorf("%d bytes at %d of %d: %w", len(p), off, len(r.blob), io.ErrUnexpectedEOF)
 	}
-	r.reads = append(r.reads, off)
 	copy(p, r.blob[off:])
 	return nil
 }

@@ -47,8 +47,12 @@ func OpenVerity(super []byte, r VerityRoot) (*Verity, error) {
 	if s.DataBlocks != uint64(sh.blocks) {
 		return nil, corruptSuper(72, "it has %d data blocks, where %d precede it", s.DataBlocks, sh.blocks)
 	}
-	if sh.end > r.Size {
-		return nil, corruptSuper(72, "the tree ends at %d of %d bytes", sh.end, r.Size)
+	end := sh.end
+	if len(sh.levels) == 0 {
+		end = r.HashOffset + VeritySuperSize // nothing comes after it for which veritysetup would fill the block
+	}
+	if end > r.Size {
+		return nil, corruptSuper(72, "the tree ends at %d of %d bytes", end, r.Size)
 	}
 	return &Verity{shape: *sh, hash: saltedHash{alg: s.Algorithm, salt: s.Salt}, root: bytes.Clone(r.Digest)}, nil
 }

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -360,6 +362,51 @@ func (f failing) ReadAt(p []byte, off int64) (int, error) {
 		return 0, f.err
 	}
 	return f.ReaderAt.ReadAt(p, off)
+}
+
+// Who has gone does not wait for the rest of a large image to be hashed.
+func TestWriteVerityStops(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	data := &cancelling{cancel: cancel}
+	_, n, err := WriteVerity(ctx, io.Discard, data, 256<<20, VerityOptions{})
+	if !errors.Is(err, context.Canceled) || n != 0 {
+		t.Errorf("%d bytes written, %v", n, err)
+	}
+	// Each worker ends with the read that it is in, or was about to begin.
+	if got, most := data.reads.Load(), int64(3+2*runtime.GOMAXPROCS(0)); got > most {
+		t.Errorf("%d reads, at most %d", got, most)
+	}
+}
+
+// cancelling is zeros, of which the third read is the last that somebody waits for.
+type cancelling struct {
+	reads  atomic.Int64
+	cancel func()
+}
+
+func (c *cancelling) ReadAt(p []byte, _ int64) (int, error) {
+	if c.reads.Add(1) == 3 {
+		c.cancel()
+	}
+	clear(p)
+	return len(p), nil
+}
+
+func TestVerityKeepsNothing(t *testing.T) {
+	f := newTree(t, random(17*512, 1), VerityOptions{BlockSize: 512, Salt: []byte("salt")})
+	super, trust := bytes.Clone(f.blob[f.size:]), f.trust()
+	trust.Digest = bytes.Clone(f.root)
+	v, err := OpenVerity(super, trust)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(super)
+	clear(trust.Digest)
+	r := v.NewVerifier((&reader{blob: f.blob}).read, VerifierOptions{})
+	if err := r.Verify(context.Background(), f.blob[:512], 0); err != nil {
+		t.Errorf("the tree changed with the bytes it was opened from: %v", err)
+	}
 }
 
 func TestWriteVerityWriteFails(t *testing.T) {

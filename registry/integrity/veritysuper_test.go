@@ -138,3 +138,16 @@ func TestOpenVerityRefused(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Without a hash block nothing but the superblock has to be there.
+func TestOpenVerityOfOneBlock(t *testing.T) {
+	f := newTree(t, random(4096, 1), VerityOptions{})
+	trust := f.trust()
+	trust.Size = 4096 + VeritySuperSize
+	if _, err := OpenVerity(f.blob[f.size:trust.Size], trust); err != nil {
+		t.Error(err)
+	}
+	trust.Size--
+	_, err := OpenVerity(f.blob[f.size:], trust)
+	wantFormatError(t, err, ErrCorrupt, 72)
+}

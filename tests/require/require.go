@@ -44,6 +44,7 @@ func probes() map[string]func() error {
 		"qemu-img":        program("qemu-img"),
 		"qemu-io":         program("qemu-io"),
 		"fio":             fioNBD,
+		"veritysetup":     packaged("veritysetup", "cryptsetup-bin"),
 		"nbd-guest":       nbdGuest,
 		"debian":          debian,
 	}
@@ -200,5 +201,15 @@ func program(name string) func() error {
 	return func() error {
 		_, err := exec.LookPath(name)
 		return err
+	}
+}
+
+// packaged is a program that Debian has in a package of another name.
+func packaged(name, pkg string) func() error {
+	return func() error {
+		if err := program(name)(); err != nil {
+			return fmt.Errorf("%w (it is in Debian's package %s)", err, pkg)
+		}
+		return nil
 	}
 }
