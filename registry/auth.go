@@ -3,6 +3,7 @@ package registry
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -46,35 +47,53 @@ func (t *authTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	resp, err := t.send(req, header)
-	if err != nil || !t.challenged(req, resp) {
-		return resp, err
+	var g grant
+	for sends, final := 1, false; ; sends++ {
+		resp, err := t.send(req, header)
+		if err != nil || !t.challenged(req, resp) {
+			return resp, err
+		}
+		asked, ok := t.asked(resp)
+		refusal := statusError(resp, t.hide)
+		switch {
+		case final, sends == 3:
+			return nil, t.advise(refusal, g)
+		case !ok:
+			return nil, refusal
+		}
+		// A grant that was fetched for another request may be as worthless as the
+		// one that was refused; one that was fetched for this request is final.
+		g, final, err = t.authorize(req.Context(), asked, header)
+		if err != nil {
+			t.forget(asked, err)
+			return nil, err
+		}
+		if g.header == "" || g.header == header {
+			return nil, t.advise(refusal, g)
+		}
+		header = g.header
 	}
-	asked, ok := t.asked(resp)
-	refusal := statusError(resp, t.hide)
-	if !ok {
-		return nil, refusal
-	}
-	g, err := t.authorize(req.Context(), asked, header)
-	if err != nil {
-		return nil, err
-	}
-	if g.header == "" || g.header == header {
-		return nil, t.advise(refusal, g)
-	}
-	resp, err = t.send(req, g.header)
-	if err != nil || !t.challenged(req, resp) {
-		return resp, err
-	}
-	return nil, t.advise(statusError(resp, t.hide), g)
 }
 
+// send sends a copy of req, with a body of its own: the one before may be half
+// read.
 func (t *authTransport) send(req *http.Request, header string) (*http.Response, error) {
 	req = req.Clone(req.Context())
+	if err := freshBody(req); err != nil {
+		return nil, err
+	}
 	if header != "" {
 		req.Header.Set("Authorization", header)
 	}
 	return t.next.RoundTrip(req)
+}
+
+// freshBody begins the body anew.
+func freshBody(req *http.Request) (err error) {
+	if req.GetBody != nil {
+		req.Body, err = req.GetBody()
+	}
+	return err
 }
 
 // challenged reports a 401 of the registry itself, or a 403 that means one. What
@@ -121,16 +140,33 @@ func (t *authTransport) known(ctx context.Context) (string, error) {
 	if asked == (challenge{}) || g.usable(time.Now()) {
 		return g.header, nil
 	}
-	g, err := t.authorize(ctx, asked, g.header)
+	g, _, err := t.authorize(ctx, asked, g.header)
+	t.forget(asked, err)
 	return g.header, err
 }
 
+// forget has the next request ask again what the registry wants, if a token for
+// what it wanted last is refused: that may have been for another repository, too,
+// which a blob was to be mounted from.
+func (t *authTransport) forget(asked challenge, err error) {
+	var refusal *StatusError
+	if !errors.As(err, &refusal) || refusal.temporary() {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.current == asked {
+		t.current = challenge{}
+	}
+}
+
 // authorize returns a grant for asked that is not the refused one, unless there
-// is no other. It fetches at most once for all who ask at the same time; the
-// fetch belongs to the Client, the wait to the caller.
-func (t *authTransport) authorize(ctx context.Context, asked challenge, refused string) (grant, error) {
+// is no other; fresh says that it was not there before. It fetches at most once for
+// all who ask at the same time; the fetch belongs to the Client, the wait to the
+// caller.
+func (t *authTransport) authorize(ctx context.Context, asked challenge, refused string) (g grant, fresh bool, err error) {
 	if g, ok := t.granted(asked, refused); ok {
-		return g, nil
+		return g, false, nil
 	}
 	flight := t.flights.DoChan(strings.Join([]string{asked.scheme, asked.realm, asked.service, asked.scope}, "\n"), func() (any, error) {
 		if g, ok := t.granted(asked, refused); ok {
@@ -141,9 +177,9 @@ func (t *authTransport) authorize(ctx context.Context, asked challenge, refused 
 	select {
 	case r := <-flight:
 		g, _ := r.Val.(grant)
-		return g, r.Err
+		return g, true, r.Err
 	case <-ctx.Done():
-		return grant{}, context.Cause(ctx)
+		return grant{}, false, context.Cause(ctx)
 	}
 }
 

@@ -171,14 +171,16 @@ func newTransport(o Options, noProgress time.Duration) *http.Transport {
 	return &http.Transport{
 		Proxy: proxyFromEnvironment,
 		// A range must come as it was asked for, never encoded.
-		DisableCompression:     true,
-		ForceAttemptHTTP2:      true,
-		TLSClientConfig:        tlsConfig(o),
-		DialContext:            dialer.DialContext,
-		TLSHandshakeTimeout:    min(noProgress, 10*time.Second),
-		MaxConnsPerHost:        conns,
-		MaxIdleConnsPerHost:    conns,
-		IdleConnTimeout:        90 * time.Second,
+		DisableCompression:  true,
+		ForceAttemptHTTP2:   true,
+		TLSClientConfig:     tlsConfig(o),
+		DialContext:         dialer.DialContext,
+		TLSHandshakeTimeout: min(noProgress, 10*time.Second),
+		MaxConnsPerHost:     conns,
+		MaxIdleConnsPerHost: conns,
+		IdleConnTimeout:     90 * time.Second,
+		// How long a large upload waits for leave: see session.send.
+		ExpectContinueTimeout:  time.Second,
 		MaxResponseHeaderBytes: 256 << 10,
 		// A dead HTTP/2 connection would otherwise get every new request until
 		// TCP gives it up.

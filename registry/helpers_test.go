@@ -55,6 +55,13 @@ func startRegistry(t *testing.T, o fakeregistry.Options) *fakeregistry.Registry 
 func newClient(t *testing.T, o registry.Options) *registry.Client {
 	t.Helper()
 	alone(t)
+	return openClient(t, o)
+}
+
+// openClient is newClient for a test that runs beside others, and whose client has
+// no use for login files.
+func openClient(t *testing.T, o registry.Options) *registry.Client {
+	t.Helper()
 	c, err := registry.New(o)
 	if err != nil {
 		t.Fatal(err)

@@ -62,7 +62,7 @@ var errNotListed = errors.New("no layer has this digest")
 func (im *Image) ErofsLayer(sel Selector) (Layer, error) {
 	l, err := im.choose(sel)
 	if err != nil {
-		return Layer{}, fmt.Errorf("%s: %w", im.Reference, err)
+		return Layer{}, fmt.Errorf("%s: %w", im.where(), err)
 	}
 	return l, nil
 }
@@ -233,28 +233,41 @@ func (b *Blob) askSize(ctx context.Context, p *place) (int64, error) {
 	return r.total, nil
 }
 
+// where names the image in an error.
+func (im *Image) where() string {
+	if im.name != "" {
+		return im.name
+	}
+	return im.Reference.String()
+}
+
 // ImageConfig fetches the image's configuration and verifies it. Where the
 // manifest's config is not an image configuration, as with artifacts, the error
 // is errors.ErrUnsupported.
 func (c *Client) ImageConfig(ctx context.Context, im *Image) (*ocispec.Image, error) {
+	return ImageConfigIn(ctx, c.Repository(im.Reference), im)
+}
+
+// ImageConfigIn is Client.ImageConfig in the store where im was found.
+func ImageConfigIn(ctx context.Context, s Store, im *Image) (*ocispec.Image, error) {
+	config, err := im.readConfig(ctx, finderOf(s))
+	if err != nil {
+		return nil, fmt.Errorf("%s: config: %w", im.where(), err)
+	}
+	return config, nil
+}
+
+func (im *Image) readConfig(ctx context.Context, f finder) (*ocispec.Image, error) {
 	if !isImageConfigType(im.Config.MediaType) {
-		return nil, fmt.Errorf("%s: config is %s: %w", im.Reference, shownType(im.Config.MediaType), errors.ErrUnsupported)
+		return nil, fmt.Errorf("is %s: %w", shownType(im.Config.MediaType), errors.ErrUnsupported)
 	}
-	b, err := c.Blob(im.Reference, im.Config)
+	raw, err := f.small(ctx, im.Config, maxConfig)
 	if err != nil {
-		return nil, fmt.Errorf("config: %w", err)
-	}
-	var raw []byte
-	err = b.source.resolve(ctx, func(ctx context.Context, p *place) error {
-		raw, err = b.small(ctx, p, maxConfig)
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("%s: config: %w", im.Reference, err)
+		return nil, err
 	}
 	config := new(ocispec.Image)
 	if err := json.Unmarshal(raw, config); err != nil {
-		return nil, fmt.Errorf("%s: config %s: %w", im.Reference, im.Config.Digest, err)
+		return nil, fmt.Errorf("%s: %w", im.Config.Digest, err)
 	}
 	return config, nil
 }
@@ -277,13 +290,13 @@ func (b *Blob) small(ctx context.Context, p *place, limit int64) ([]byte, error)
 
 // checkPlatform holds an image that no index vouches for against a platform that
 // the user insists on. An image that does not say what it is for passes.
-func (c *Client) checkPlatform(ctx context.Context, im *Image, want platform) error {
-	config, err := c.ImageConfig(ctx, im)
+func (im *Image) checkPlatform(ctx context.Context, f finder, want platform) error {
+	config, err := im.readConfig(ctx, f)
 	if errors.Is(err, errors.ErrUnsupported) {
 		return nil
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("config: %w", err)
 	}
 	if config.OS == "" && config.Architecture == "" {
 		return nil

@@ -171,10 +171,10 @@ func (p platform) version() (major, minor int) {
 // choose returns the index entry to use for want, or -1.
 //
 // The architecture that was asked for comes before one that is only compatible;
-// then an entry that says it holds EROFS before one that does not; then the
-// nearest variant; then the order of the index. An index that names no platform
+// then an entry that says it holds EROFS before one that does not, or after it
+// where a tar is preferred; then the nearest variant; then the order of the index. An index that names no platform
 // for exactly one entry means that entry for everybody.
-func choose(entries []ocispec.Descriptor, want platform) int {
+func choose(entries []ocispec.Descriptor, want platform, prefer Prefer) int {
 	accepted := want.accepts()
 	best, bestRank := -1, [3]int{}
 	unnamed, unnamedCount := -1, 0
@@ -192,7 +192,7 @@ func choose(entries []ocispec.Descriptor, want platform) int {
 		if p.arch == want.arch {
 			rank[0] = 0
 		}
-		if slices.Contains(e.Platform.OSFeatures, featureErofs) {
+		if slices.Contains(e.Platform.OSFeatures, featureErofs) == (prefer == PreferErofs) {
 			rank[1] = 0
 		}
 		if best < 0 || slices.Compare(rank[:], bestRank[:]) < 0 {

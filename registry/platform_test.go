@@ -117,7 +117,7 @@ func TestChoose(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := choose(tc.entries, p); got != tc.chosen {
+		if got := choose(tc.entries, p, PreferErofs); got != tc.chosen {
 			t.Errorf("%s: %d, want %d", tc.name, got, tc.chosen)
 		}
 	}

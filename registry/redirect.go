@@ -12,7 +12,9 @@ const maxRedirects = 5
 
 // A redirectTransport follows redirects of GET and HEAD. Authorization goes
 // along only while the origin (scheme, host and port) stays the same, and once
-// it is lost it is not taken up again.
+// it is lost it is not taken up again. What else is redirected comes back: for
+// uploads session.send knows what to do, and a token request must not follow,
+// since its body is a secret.
 type redirectTransport struct {
 	next      http.RoundTripper
 	plainHTTP bool

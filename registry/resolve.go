@@ -28,68 +28,67 @@ const (
 // many indexes as lie in between. Every document is verified against the digest
 // that asked for it. Which layer to use is Image.ErofsLayer's matter.
 func (c *Client) Resolve(ctx context.Context, ref Reference, sel Selector) (*Image, error) {
-	if err := ref.validate(); err != nil {
-		return nil, err
-	}
+	return ResolveIn(ctx, c.Repository(ref), "", sel)
+}
+
+// ResolveIn is Client.Resolve in any store, from the document that target names.
+func ResolveIn(ctx context.Context, s Store, target string, sel Selector) (*Image, error) {
 	want, err := parsePlatform(sel.Platform)
 	if err != nil {
 		return nil, err
 	}
-	src, err := c.source(ref)
-	if err != nil {
-		return nil, err
+	f := finderOf(s)
+	im := &Image{name: f.title(target)}
+	if r, ok := s.(*Repository); ok {
+		if im.Reference, err = r.at(target); err != nil {
+			return nil, err
+		}
 	}
-	r := &resolver{source: src, want: want}
-	im, err := r.resolve(ctx, ref)
-	if err == nil && sel.Platform != "" && im.IndexDigest == "" {
-		err = c.checkPlatform(ctx, im, want)
+	err = im.resolve(ctx, f, target, want, sel.Prefer)
+	if err == nil && sel.Platform != "" && im.Index == nil {
+		err = im.checkPlatform(ctx, f, want)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", ref, err)
+		return nil, fmt.Errorf("%s: %w", im.name, err)
 	}
 	return im, nil
 }
 
-// A resolver walks from a reference down to one manifest.
-type resolver struct {
-	source *source
-	want   platform
-}
-
-func (r *resolver) resolve(ctx context.Context, ref Reference) (*Image, error) {
-	im := &Image{Reference: ref}
-	doc, err := r.source.manifest(ctx, ref.target(), ref.Digest, "")
+// resolve walks from target down to one manifest.
+func (im *Image) resolve(ctx context.Context, f finder, target string, want platform, prefer Prefer) error {
+	doc, err := f.document(ctx, target, "")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for depth := 0; doc.index != nil; depth++ {
 		if depth == maxIndexDepth {
-			return nil, fmt.Errorf("more than %d indexes within each other", maxIndexDepth)
+			return fmt.Errorf("more than %d indexes within each other", maxIndexDepth)
 		}
-		if im.IndexDigest == "" {
-			im.IndexDigest = doc.digest
+		if im.Index == nil {
+			top := doc.Document
+			im.Index, im.IndexDigest = &top, top.Digest
 		}
-		i := choose(doc.index.Manifests, r.want)
+		i := choose(doc.index.Manifests, want, prefer)
 		if i < 0 {
-			return nil, fmt.Errorf("index %s holds nothing for %s, only %s", doc.digest, r.want, listPlatforms(doc.index.Manifests))
+			return fmt.Errorf("index %s holds nothing for %s, only %s", doc.Digest, want, listPlatforms(doc.index.Manifests))
 		}
 		next := doc.index.Manifests[i]
 		if err := checkDigest(next.Digest); err != nil {
-			return nil, fmt.Errorf("index %s, entry %d: %w", doc.digest, i, err)
+			return fmt.Errorf("index %s, entry %d: %w", doc.Digest, i, err)
 		}
 		if next.Platform != nil {
 			im.Platform = clean(platformOf(next.Platform).String(), maxPlatformText)
 		}
-		doc, err = r.source.manifest(ctx, next.Digest.String(), next.Digest, next.MediaType)
-		if err != nil {
-			return nil, err
+		if doc, err = f.document(ctx, next.Digest.String(), next.MediaType); err != nil {
+			return err
 		}
 	}
-	im.Digest, im.MediaType, im.Config = doc.digest, doc.mediaType, doc.manifest.Config
+	im.Manifest, im.Digest, im.MediaType = doc.Document, doc.Digest, doc.MediaType
+	im.Config = doc.manifest.Config
 	for i, d := range doc.manifest.Layers {
 		im.Layers = append(im.Layers, Layer{Index: i, Descriptor: d})
 	}
-	return im, nil
+	return nil
 }
 
 // listPlatforms names what an index holds, for an error.
@@ -113,12 +112,12 @@ func listPlatforms(entries []ocispec.Descriptor) string {
 	return strings.Join(names, ", ")
 }
 
-// A document is a manifest or an index; exactly one of the two is set.
+// A document is a Document that was read; exactly one of index and manifest is
+// set.
 type document struct {
-	digest    digest.Digest
-	mediaType string
-	index     *ocispec.Index
-	manifest  *ocispec.Manifest
+	Document
+	index    *ocispec.Index
+	manifest *ocispec.Manifest
 }
 
 // manifest fetches, verifies and reads one document. want is the digest that it
@@ -147,8 +146,13 @@ func (s *session) manifest(ctx context.Context, target string, want digest.Diges
 	if err != nil {
 		return document{}, err
 	}
-	doc, err := parseManifest(raw, contentType(resp.Header), declared)
-	doc.digest = d
+	return readDocument(raw, d, contentType(resp.Header), declared)
+}
+
+// readDocument reads raw, which was verified to have the digest d.
+func readDocument(raw []byte, d digest.Digest, contentType, declared string) (document, error) {
+	doc, err := parseManifest(raw, contentType, declared)
+	doc.Digest, doc.Size, doc.Raw = d, int64(len(raw)), raw
 	return doc, err
 }
 
@@ -212,7 +216,7 @@ func parseManifest(raw []byte, contentType, declared string) (document, error) {
 	case mediaType == "" && likeManifest:
 		mediaType = ocispec.MediaTypeImageManifest
 	}
-	doc := document{mediaType: mediaType}
+	doc := document{Document: Document{Descriptor: ocispec.Descriptor{MediaType: mediaType}}}
 	var err error
 	switch {
 	case isIndexType(mediaType) && !likeManifest:

@@ -40,6 +40,14 @@ func (p *patience) progress() {
 	p.since = time.Now()
 }
 
+// heard says that something moved at that time: what passed since begin and before
+// it was no waiting. Unlike progress it gives back nothing that was spent before.
+func (p *patience) heard(at time.Time) {
+	if at.After(p.since) {
+		p.since = at
+	}
+}
+
 func (p *patience) waited() time.Duration { return p.spent + time.Since(p.since) }
 func (p *patience) left() time.Duration   { return p.limit - p.waited() }
 

@@ -97,6 +97,80 @@ func (s *session) do(ctx context.Context, method, path string, header http.Heade
 	return resp, nil
 }
 
+// An outgoing is a request of an upload: with a body, or to a place that the
+// registry has named, or both.
+type outgoing struct {
+	method string
+	url    *url.URL
+	header http.Header
+	length int64                         // of the body
+	body   func() (io.ReadCloser, error) // called for each time that it is sent; nil without one
+}
+
+// expectFrom is the length from which a body waits for the registry's leave, so
+// that a refusal, of an expired token say, costs a round trip and not the body.
+const expectFrom = 1 << 20
+
+// send sends one request of an upload, by one try. It follows 307 and 308 and no
+// other redirect, since those alone mean the same request; the registry's
+// credentials stay with its origin.
+func (s *session) send(ctx context.Context, o outgoing) (*http.Response, error) {
+	origin, err := s.client.origin(ctx, s.ref.apiHost(), s.access.insecure)
+	if err != nil {
+		return nil, err
+	}
+	at, stranger := o.url, false
+	for hops := 0; ; hops++ {
+		stranger = stranger || !sameOrigin(at, origin)
+		resp, err := s.sendTo(ctx, at, o, stranger)
+		if err != nil {
+			return nil, err
+		}
+		s.reached.Store(true)
+		if c := resp.StatusCode; c != http.StatusTemporaryRedirect && c != http.StatusPermanentRedirect || resp.Header.Get("Location") == "" {
+			return resp, nil
+		}
+		discard(resp)
+		if hops == maxRedirects {
+			return nil, fmt.Errorf("%s %s: more than %d redirects", o.method, redact(o.url), maxRedirects)
+		}
+		if at, err = s.location(resp); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (s *session) sendTo(ctx context.Context, u *url.URL, o outgoing, stranger bool) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, o.method, u.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(req.Header, o.header)
+	if o.body != nil && o.length > 0 {
+		req.GetBody, req.ContentLength = o.body, o.length
+		if o.length >= expectFrom {
+			req.Header.Set("Expect", "100-continue")
+		}
+	}
+	if !stranger {
+		return s.auth.RoundTrip(req)
+	}
+	if err := freshBody(req); err != nil {
+		return nil, err
+	}
+	return s.client.follow.RoundTrip(req)
+}
+
+// location is where an answer sends its client, by the rules for redirects.
+func (s *session) location(resp *http.Response) (*url.URL, error) {
+	rules := redirectTransport{plainHTTP: s.client.plainHTTP}
+	u, err := rules.target(resp.Request.URL, resp.Header.Get("Location"))
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", resp.Request.Method, redact(resp.Request.URL), err)
+	}
+	return u, nil
+}
+
 // storage sends one GET to where a redirect of the registry has led. It bears no
 // authority but the URL's own.
 func (s *session) storage(ctx context.Context, u *url.URL, header http.Header) (*http.Response, error) {

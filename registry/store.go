@@ -2,10 +2,9 @@ package registry
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"io"
 
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -59,49 +58,76 @@ type PutResult struct {
 	Sent int64
 }
 
-// TODO: the bodies of what follows.
-
-var errUnwritten = errors.New("registry: not written yet")
-
-// ResolveIn is Client.Resolve in any store: it goes from target, through as many
-// indexes as lie in between, to the manifest for the platform of sel.
-func ResolveIn(ctx context.Context, s Store, target string, sel Selector) (*Image, error) {
-	return nil, errUnwritten
+// A finder is a Store as resolving wants it: errors do not repeat what title says.
+type finder interface {
+	// document is Manifest, and reads it; declared is the media type that the
+	// descriptor which led there gave.
+	document(ctx context.Context, target, declared string) (document, error)
+	// small reads a blob of at most limit bytes and verifies it.
+	small(ctx context.Context, desc ocispec.Descriptor, limit int64) ([]byte, error)
+	// title names what target means in an error.
+	title(target string) string
 }
 
-// ImageConfigIn is Client.ImageConfig in any store.
-func ImageConfigIn(ctx context.Context, s Store, im *Image) (*ocispec.Image, error) {
-	return nil, errUnwritten
+func finderOf(s Store) finder {
+	if f, ok := s.(finder); ok {
+		return f
+	}
+	return foreign{s}
 }
 
-// A Repository is a repository of a registry: a Store and a Sink.
-type Repository struct {
-	client *Client
-	ref    Reference
+// foreign is a Store of somebody else's.
+type foreign struct{ Store }
+
+func (s foreign) document(ctx context.Context, target, declared string) (document, error) {
+	doc, err := s.Manifest(ctx, target)
+	if err != nil {
+		return document{}, err
+	}
+	return readDocument(doc.Raw, doc.Digest, doc.MediaType, declared)
 }
 
-// Repository returns the repository of ref. Nothing is sent.
-func (c *Client) Repository(ref Reference) *Repository { return &Repository{c, ref} }
+func (s foreign) small(ctx context.Context, desc ocispec.Descriptor, limit int64) ([]byte, error) {
+	return readSmall(ctx, s.Blob, desc, limit)
+}
 
-// A Layout is a directory of the OCI image layout: a Store and a Sink.
-type Layout struct{}
+func (s foreign) title(target string) string {
+	if n, ok := s.Store.(fmt.Stringer); ok {
+		return n.String()
+	}
+	return "image " + target
+}
 
-// OpenLayout opens the layout in the directory path. name is the
-// org.opencontainers.image.ref.name of the image meant; "" is the only one.
-func OpenLayout(path, name string) (*Layout, error) { return nil, errUnwritten }
+// readSmall reads a blob of at most limit bytes whole and verifies it.
+func readSmall(ctx context.Context, open func(context.Context, ocispec.Descriptor) (io.ReadCloser, error), desc ocispec.Descriptor, limit int64) ([]byte, error) {
+	if err := checkDigest(desc.Digest); err != nil {
+		return nil, err
+	}
+	if desc.Size < 0 || desc.Size > limit {
+		return nil, fmt.Errorf("blob %s: %d bytes are not within %d", desc.Digest, desc.Size, limit)
+	}
+	body, err := open(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	raw, err := io.ReadAll(io.LimitReader(body, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if got := desc.Digest.Algorithm().FromBytes(raw); got != desc.Digest {
+		return nil, fmt.Errorf("asked for %s, the %d bytes read have %s", desc.Digest, len(raw), got)
+	}
+	return raw, nil
+}
 
-// CreateLayout is OpenLayout, but makes what is missing.
-func CreateLayout(path, name string) (*Layout, error) { return nil, errUnwritten }
-
-// An Archive is an image in a tar file: what docker save writes, old and new, or
-// a layout. It is a Store.
-type Archive struct{}
-
-// OpenArchive opens the archive in the file path. name is the image meant; "" is
-// the only one.
-func OpenArchive(path, name string) (*Archive, error) { return nil, errUnwritten }
-
-// Referrers lists what the registry knows to refer to d, in the repository of ref.
-func (c *Client) Referrers(ctx context.Context, ref Reference, d digest.Digest) ([]ocispec.Descriptor, error) {
-	return nil, errUnwritten
+// checkBlob refuses a descriptor that cannot be one of a blob.
+func checkBlob(desc ocispec.Descriptor) error {
+	if err := checkDigest(desc.Digest); err != nil {
+		return err
+	}
+	if desc.Size < 0 {
+		return fmt.Errorf("blob %s: size %d", desc.Digest, desc.Size)
+	}
+	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptrace"
+	"sync"
 	"time"
 )
 
@@ -42,7 +43,10 @@ func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	req = req.Clone(traced)
 	req.Header.Set("User-Agent", t.userAgent)
+	leaving := &departure{silence: silence, noProgress: t.noProgress}
+	leaving.watch(req)
 	resp, err := t.next.RoundTrip(req)
+	leaving.end()
 	silence.Stop()
 	if err != nil {
 		err = wireFailure(ctx, err)
@@ -52,6 +56,61 @@ func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp.Request = req
 	resp.Body = &wireBody{body: resp.Body, ctx: ctx, silence: silence, noProgress: t.noProgress, release: release}
 	return resp, nil
+}
+
+// A departure is the body of a request on its way out: while it is read, the peer
+// takes it, which is as good as hearing from it.
+type departure struct {
+	silence    *time.Timer
+	noProgress time.Duration
+
+	mu   sync.Mutex // guards over, and that nobody resets the timer after end
+	over bool
+}
+
+// watch has the silence begin anew with each byte that is read of req's body, also
+// where net/http takes a second one for another try.
+func (d *departure) watch(req *http.Request) {
+	if req.Body == nil || req.Body == http.NoBody {
+		return
+	}
+	req.Body = &leavingBody{req.Body, d}
+	if again := req.GetBody; again != nil {
+		req.GetBody = func() (io.ReadCloser, error) {
+			body, err := again()
+			if err != nil {
+				return nil, err
+			}
+			return &leavingBody{body, d}, nil
+		}
+	}
+}
+
+func (d *departure) sign() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.over {
+		d.silence.Reset(d.noProgress)
+	}
+}
+
+// end is due when there is an answer. net/http may read on after one that came
+// early; the timer is then the answer's.
+func (d *departure) end() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.over = true
+}
+
+type leavingBody struct {
+	io.ReadCloser
+	departure *departure
+}
+
+func (b *leavingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.departure.sign()
+	return n, err
 }
 
 // wireFailure prefers the reason for which we ended the request ourselves to

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -73,7 +74,26 @@ func (t *tokens) accepts(token, scope string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	g, ok := t.issued[token]
-	return ok && time.Now().Before(g.expires) && (g.scope == anyScope || g.scope == scope)
+	return ok && time.Now().Before(g.expires) && covers(g.scope, scope)
+}
+
+// covers reports whether a token for granted is enough for each part of asked. Who
+// may push may also pull.
+func covers(granted, asked string) bool {
+	if granted == anyScope {
+		return true
+	}
+	has := strings.Fields(granted)
+	for _, s := range strings.Fields(asked) {
+		wider := s
+		if strings.HasSuffix(s, ":pull") {
+			wider = s + ",push"
+		}
+		if !slices.Contains(has, s) && !slices.Contains(has, wider) {
+			return false
+		}
+	}
+	return true
 }
 
 // ServeHTTP is the token service: a GET with Basic credentials, or a POST with
@@ -96,7 +116,7 @@ func (t *tokens) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	if req.Method == http.MethodPost {
 		name = "access_token"
 	}
-	answer[name] = t.issue(req.Form.Get("scope"))
+	answer[name] = t.issue(strings.Join(req.Form["scope"], " "))
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(answer) // the client's loss
 }
@@ -138,7 +158,8 @@ func (r *Registry) authenticate(w http.ResponseWriter, req *http.Request) {
 	r.mux.ServeHTTP(w, req)
 }
 
-// scopeOf is the scope that a request needs: its repository, pull or both.
+// scopeOf is the scope that a request needs: its repository, pull or both, and
+// that to mount from.
 func scopeOf(req *http.Request) string {
 	repo, _, _, ok := splitPath(req.URL.Path)
 	if !ok {
@@ -147,5 +168,9 @@ func scopeOf(req *http.Request) string {
 	if req.Method == http.MethodGet || req.Method == http.MethodHead {
 		return "repository:" + repo + ":pull"
 	}
-	return "repository:" + repo + ":pull,push"
+	scope := "repository:" + repo + ":pull,push"
+	if from := req.URL.Query().Get("from"); from != "" {
+		scope += " repository:" + from + ":pull"
+	}
+	return scope
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 const maxManifest = 4 << 20
@@ -32,20 +33,22 @@ func (r *Registry) routes() *http.ServeMux {
 			r.blob(w, req, repo, digest.Digest(name))
 		case kind == "uploads":
 			r.upload(w, req, repo, name)
+		case kind == "referrers":
+			r.referrers(w, req, repo, digest.Digest(name))
 		}
 	})
 	return mux
 }
 
-// splitPath takes /v2/REPOSITORY/manifests/NAME, /v2/REPOSITORY/blobs/DIGEST and
-// /v2/REPOSITORY/blobs/uploads/[ID] apart. Repositories have slashes of their
+// splitPath takes /v2/REPOSITORY/manifests/NAME, /v2/REPOSITORY/blobs/DIGEST,
+// /v2/REPOSITORY/blobs/uploads/[ID] and /v2/REPOSITORY/referrers/DIGEST apart. Repositories have slashes of their
 // own, so it goes from the end.
 func splitPath(path string) (repo, kind, name string, ok bool) {
 	rest, ok := strings.CutPrefix(path, "/v2/")
 	if !ok {
 		return "", "", "", false
 	}
-	for _, kind := range []string{"manifests", "blobs/uploads", "blobs"} {
+	for _, kind := range []string{"manifests", "blobs/uploads", "blobs", "referrers"} {
 		i := strings.LastIndex(rest, "/"+kind+"/")
 		if i <= 0 {
 			continue
@@ -120,6 +123,18 @@ func (r *Registry) putManifest(w http.ResponseWriter, req *http.Request, repo, n
 	w.WriteHeader(http.StatusCreated)
 }
 
+// referrers answers with an index of those whose subject is d.
+func (r *Registry) referrers(w http.ResponseWriter, req *http.Request, repo string, d digest.Digest) {
+	if !r.opts.Referrers || req.Method != http.MethodGet {
+		refuse(w, http.StatusNotFound, "NOT_FOUND", "no such endpoint")
+		return
+	}
+	index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: r.store.referrers(repo, d)}
+	index.SchemaVersion = 2
+	w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+	_ = json.NewEncoder(w).Encode(index) // the client's loss
+}
+
 // upload serves the monolithic POST, the POST and PUT, and the chunked form.
 func (r *Registry) upload(w http.ResponseWriter, req *http.Request, repo, id string) {
 	d := digest.Digest(req.URL.Query().Get("digest"))
@@ -132,34 +147,62 @@ func (r *Registry) upload(w http.ResponseWriter, req *http.Request, repo, id str
 		refuse(w, http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN", "upload unknown to registry")
 		return
 	}
+	if r.opts.Upload.State && !u.valid(req.URL.RawQuery) && req.Method != http.MethodGet && req.Method != http.MethodDelete {
+		refuse(w, http.StatusBadRequest, "BLOB_UPLOAD_INVALID", "the state is not that of the upload")
+		return
+	}
 	switch req.Method {
 	case http.MethodGet:
-		uploadStatus(w, u, http.StatusNoContent)
+		if r.opts.Upload.NoStatus {
+			refuse(w, http.StatusMethodNotAllowed, "UNSUPPORTED", "no status")
+			return
+		}
+		r.uploadStatus(w, u, http.StatusNoContent)
 	case http.MethodPatch:
-		if !u.fits(req.Header.Get("Content-Range")) {
-			uploadStatus(w, u, http.StatusRequestedRangeNotSatisfiable)
-			return
-		}
-		if err := u.take(req.Body); err != nil {
-			refuse(w, http.StatusBadRequest, "BLOB_UPLOAD_INVALID", "body cut short")
-			return
-		}
-		uploadStatus(w, u, http.StatusAccepted)
+		r.chunk(w, req, u)
 	case http.MethodPut:
 		r.finishUpload(w, req, u, d)
+	case http.MethodDelete:
+		r.store.drop(u)
+		w.WriteHeader(http.StatusNoContent)
 	default:
-		refuse(w, http.StatusMethodNotAllowed, "UNSUPPORTED", "only GET, PATCH and PUT")
+		refuse(w, http.StatusMethodNotAllowed, "UNSUPPORTED", "only GET, PATCH, PUT and DELETE")
 	}
 }
 
+func (r *Registry) chunk(w http.ResponseWriter, req *http.Request, u *upload) {
+	if !u.fits(req.Header.Get("Content-Range")) || !u.follows() {
+		r.uploadStatus(w, u, http.StatusRequestedRangeNotSatisfiable)
+		return
+	}
+	before := u.size()
+	if err := u.take(req.Body); err != nil {
+		refuse(w, http.StatusBadRequest, "BLOB_UPLOAD_INVALID", "body cut short")
+		return
+	}
+	u.chunked(u.size()-before < r.opts.Upload.MinChunk)
+	r.uploadStatus(w, u, http.StatusAccepted)
+}
+
 func (r *Registry) startUpload(w http.ResponseWriter, req *http.Request, repo string, d digest.Digest) {
+	query := req.URL.Query()
+	if mount := digest.Digest(query.Get("mount")); r.opts.Upload.Mount && mount != "" {
+		if b := r.store.blob(query.Get("from"), mount); b != nil {
+			r.store.putBlob(repo, mount, b)
+			created(w, repo, mount)
+			return
+		}
+	}
 	u, err := r.store.newUpload(repo, rand.Text())
 	if err != nil {
 		refuse(w, http.StatusInternalServerError, "UNKNOWN", err.Error())
 		return
 	}
 	if d == "" {
-		uploadStatus(w, u, http.StatusAccepted)
+		if n := r.opts.Upload.MinChunk; n > 0 {
+			w.Header().Set("OCI-Chunk-Min-Length", strconv.FormatInt(n, 10))
+		}
+		r.uploadStatus(w, u, http.StatusAccepted)
 		return
 	}
 	r.finishUpload(w, req, u, d)
@@ -177,13 +220,24 @@ func (r *Registry) finishUpload(w http.ResponseWriter, req *http.Request, u *upl
 		refuse(w, http.StatusInternalServerError, "UNKNOWN", err.Error())
 		return
 	}
+	created(w, u.repo, d)
+}
+
+func created(w http.ResponseWriter, repo string, d digest.Digest) {
 	w.Header().Set("Docker-Content-Digest", d.String())
-	w.Header().Set("Location", fmt.Sprintf("/v2/%s/blobs/%s", u.repo, d))
+	w.Header().Set("Location", fmt.Sprintf("/v2/%s/blobs/%s", repo, d))
 	w.WriteHeader(http.StatusCreated)
 }
 
-func uploadStatus(w http.ResponseWriter, u *upload, status int) {
-	w.Header().Set("Location", fmt.Sprintf("/v2/%s/blobs/uploads/%s", u.repo, u.id))
+func (r *Registry) uploadStatus(w http.ResponseWriter, u *upload, status int) {
+	location := fmt.Sprintf("/v2/%s/blobs/uploads/%s", u.repo, u.id)
+	if r.opts.Upload.Absolute {
+		location = r.URL() + location
+	}
+	if r.opts.Upload.State {
+		location += "?" + u.newState()
+	}
+	w.Header().Set("Location", location)
 	w.Header().Set("Docker-Upload-UUID", u.id)
 	w.Header().Set("Range", fmt.Sprintf("0-%d", max(u.size()-1, 0)))
 	w.WriteHeader(status)

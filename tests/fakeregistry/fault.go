@@ -1,6 +1,7 @@
 package fakeregistry
 
 import (
+	"io"
 	"net"
 	"net/http"
 	"strconv"
@@ -9,7 +10,8 @@ import (
 
 // A Fault is what goes wrong with one request. The zero value is nothing.
 //
-// Handler and Status take the registry's place; the rest works on any answer.
+// Handler and Status take the registry's place; the rest works on any answer, or on
+// the body of any request.
 type Fault struct {
 	Handler http.Handler // gives the whole answer
 	Status  int          // refuses with this status and an error document
@@ -23,6 +25,12 @@ type Fault struct {
 	Break bool            // the connection ends
 	Reset bool            // the connection is reset, where it is one of HTTP/1
 	Stall <-chan struct{} // nothing is sent until the channel is closed
+
+	// BreakUpload breaks the connection after so many bytes of the request's body
+	// have come; 0 does not.
+	BreakUpload int64
+	// LoseAnswer does what was asked for, and breaks the connection then.
+	LoseAnswer bool
 }
 
 // handle is the way of every request.
@@ -39,6 +47,10 @@ func (r *Registry) handle(s *server, w http.ResponseWriter, req *http.Request) {
 		f = &Fault{}
 	}
 	out := &answer{w: w, entry: e, link: link, fault: f, left: f.After, gone: req.Context().Done(), stopped: s.done}
+	// The server looks at the body of the request that it has made: to another, it
+	// would not refuse a body that waits for its leave.
+	req = req.WithContext(req.Context())
+	req.Body = &arrival{ReadCloser: req.Body, entry: e, breakAt: f.BreakUpload}
 	out.pause(latency)
 	if f.After < 0 {
 		out.trip()
@@ -96,6 +108,27 @@ func (d *draft) send(w http.ResponseWriter, rewrite func(int, http.Header, []byt
 	_, _ = w.Write(body) // the client's loss
 }
 
+// An arrival is the body of a request, counted, with the fault that it has.
+type arrival struct {
+	io.ReadCloser
+	entry   *entry
+	come    int64
+	breakAt int64
+}
+
+func (a *arrival) Read(p []byte) (int, error) {
+	if a.breakAt > 0 {
+		if a.come == a.breakAt {
+			panic(http.ErrAbortHandler)
+		}
+		p = p[:min(int64(len(p)), a.breakAt-a.come)]
+	}
+	n, err := a.ReadCloser.Read(p)
+	a.come += int64(n)
+	a.entry.received(int64(n))
+	return n, err
+}
+
 // An answer is a ResponseWriter that counts, is slow, and has a fault.
 type answer struct {
 	w             http.ResponseWriter
@@ -112,6 +145,9 @@ func (a *answer) Header() http.Header { return a.w.Header() }
 func (a *answer) WriteHeader(status int) {
 	if a.status != 0 {
 		return
+	}
+	if a.fault.LoseAnswer {
+		panic(http.ErrAbortHandler)
 	}
 	a.status = status
 	for name, values := range a.fault.Header {

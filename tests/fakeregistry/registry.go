@@ -23,10 +23,14 @@
 // With Options.SignedURLs blobs lie elsewhere, as they do with the big registries:
 // the registry redirects to a second origin by URLs that expire (see Storage).
 //
-// It listens on 127.0.0.1 only. It does not delete, does not mount blobs across
-// repositories (a mount parameter starts an ordinary upload, as the
-// specification allows), keeps its content in memory, or, with Options.Dir, in
-// unnamed files, and makes no attempt at being a safe server for others.
+// An upload keeps what came of a body before its connection broke, and tells it to
+// who asks for its status. Options.Upload has uploads mounted across repositories
+// (else a mount parameter starts an ordinary upload, as the specification allows),
+// insist on a chunk length, or refuse to go on.
+//
+// It listens on 127.0.0.1 only. It deletes nothing but unfinished uploads, keeps
+// its content in memory, or, with Options.Dir, in unnamed files, and makes no
+// attempt at being a safe server for others.
 package fakeregistry
 
 import (
@@ -73,6 +77,22 @@ type Options struct {
 	SignedURLs time.Duration
 	// Dir is where blobs are kept, in files that have no name; empty: in memory.
 	Dir string
+	// Referrers has the referrers API answer; else it is not found.
+	Referrers bool
+	Upload    Upload
+}
+
+// Upload is how a registry takes blobs. The zero value starts an upload whatever a
+// mount parameter says, and takes chunks of any length at relative Locations.
+type Upload struct {
+	Mount    bool  // a blob that the other repository has needs no upload
+	MinChunk int64 // the least length of a PATCH that is not the last: OCI-Chunk-Min-Length
+	Absolute bool  // Locations are absolute URLs
+	// State has each Location of an upload carry a query that holds for the next
+	// step only, and is refused after it.
+	State bool
+	// NoStatus has the registry not tell how far an upload has got.
+	NoStatus bool
 }
 
 // A Registry serves from New to Close, but for the time between Stop and Start.
@@ -205,6 +225,10 @@ func (r *Registry) Close() error {
 func (r *Registry) PutBlob(repo string, d digest.Digest, data io.ReaderAt, size int64) {
 	r.store.putBlob(repo, d, &blob{data: data, size: size})
 }
+
+// OpenUploads is the number of uploads that were begun and neither finished nor
+// cancelled.
+func (r *Registry) OpenUploads() int { return r.store.open() }
 
 // SetLatency delays every answer by d before its first byte, as a network with
 // that round trip would.

@@ -12,15 +12,20 @@ type Stats struct {
 	BlobGETs     int   // whatever the answer
 	BlobBytes    int64 // of bodies of blob GETs answered with 200 or 206
 	Tokens       int   // requests to the token service
+	Uploads      int   // POSTs that start an upload or mount a blob
+	UploadBytes  int64 // of bodies of uploads
+	ManifestPUTs int
 }
 
 // A Request is a line of the log.
 type Request struct {
 	Method     string
 	Path       string
-	Range      string // the Range header
+	Query      string
+	Range      string // the Range header, or Content-Range
 	Status     int    // 0: not answered yet, or never
 	Bytes      int64  // of the body, so far
+	Received   int64  // of the request's body, so far
 	Authorized bool   // whether there was an Authorization header
 	Proto      string // HTTP/1.1 or HTTP/2.0
 }
@@ -55,13 +60,15 @@ type entry struct {
 	registry *Registry
 	line     *Request
 	isBlob   bool // a GET of a blob
+	isUpload bool
 }
 
 func (r *Registry) count(req *http.Request) *entry {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e := &entry{registry: r, line: &Request{
-		Method: req.Method, Path: req.URL.Path, Range: req.Header.Get("Range"),
+		Method: req.Method, Path: req.URL.Path, Query: req.URL.RawQuery,
+		Range:      req.Header.Get("Range") + req.Header.Get("Content-Range"),
 		Authorized: req.Header.Get("Authorization") != "", Proto: req.Proto,
 	}}
 	r.log = append(r.log, e.line)
@@ -72,6 +79,13 @@ func (r *Registry) count(req *http.Request) *entry {
 		r.stats.Tokens++
 	case kind == "manifests" && req.Method == http.MethodGet:
 		r.stats.ManifestGETs++
+	case kind == "manifests" && req.Method == http.MethodPut:
+		r.stats.ManifestPUTs++
+	case kind == "uploads":
+		e.isUpload = true
+		if req.Method == http.MethodPost {
+			r.stats.Uploads++
+		}
 	case kind == "blobs" && req.Method == http.MethodGet:
 		r.stats.BlobGETs++
 		e.isBlob = true
@@ -93,5 +107,14 @@ func (e *entry) sent(n int64) {
 	e.line.Bytes += n
 	if e.isBlob && (e.line.Status == http.StatusOK || e.line.Status == http.StatusPartialContent) {
 		e.registry.stats.BlobBytes += n
+	}
+}
+
+func (e *entry) received(n int64) {
+	e.registry.mu.Lock()
+	defer e.registry.mu.Unlock()
+	e.line.Received += n
+	if e.isUpload {
+		e.registry.stats.UploadBytes += n
 	}
 }

@@ -2,14 +2,18 @@ package fakeregistry
 
 import (
 	"bytes"
+	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 var errDigest = errors.New("provided digest did not match uploaded content")
@@ -104,6 +108,8 @@ type upload struct {
 
 	mu     sync.Mutex
 	length int64
+	short  bool   // the last chunk was shorter than allowed, so it must be the last
+	state  string // that the next step has to show
 }
 
 func (s *store) newUpload(repo, id string) (*upload, error) {
@@ -172,14 +178,91 @@ func (u *upload) fits(contentRange string) bool {
 	return contentRange == "" || strings.HasPrefix(contentRange, fmt.Sprintf("%d-", u.size()))
 }
 
+// newState ends what the state before it was good for. It has characters that a
+// query must keep as they are.
+func (u *upload) newState() string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.state = "_state=" + rand.Text() + "%3D=&keep=a%2Fb"
+	return u.state
+}
+
+// valid reports whether a query begins with the state, character by character.
+func (u *upload) valid(query string) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return query == u.state || strings.HasPrefix(query, u.state+"&")
+}
+
+// chunked takes note of a chunk; follows reports whether another may come.
+func (u *upload) chunked(short bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.short = short
+}
+
+func (u *upload) follows() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return !u.short
+}
+
+// take adds what comes of body, also where that breaks off.
 func (u *upload) take(body io.Reader) error {
+	_, err := io.Copy(u, body)
+	return err
+}
+
+func (u *upload) Write(p []byte) (int, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	var w io.Writer = u.memory
 	if u.file != nil {
 		w = u.file
 	}
-	n, err := io.Copy(w, body)
-	u.length += n
-	return err
+	n, err := w.Write(p)
+	u.length += int64(n)
+	return n, err
+}
+
+// drop forgets an upload. Its file is closed with the store.
+func (s *store) drop(u *upload) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.uploads, u.id)
+}
+
+// open is the number of unfinished uploads.
+func (s *store) open() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.uploads)
+}
+
+// referrers lists the manifests of a repository whose subject is d.
+func (s *store) referrers(repo string, d digest.Digest) []ocispec.Descriptor {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := []ocispec.Descriptor{}
+	for key, m := range s.manifests {
+		if key.repo != repo {
+			continue
+		}
+		doc, ok := m.read()
+		if !ok || doc.Subject == nil || doc.Subject.Digest != d {
+			continue
+		}
+		list = append(list, ocispec.Descriptor{
+			MediaType: m.mediaType, Digest: digest.Digest(key.digest), Size: int64(len(m.raw)),
+			ArtifactType: doc.ArtifactType, Annotations: doc.Annotations,
+		})
+	}
+	slices.SortFunc(list, func(a, b ocispec.Descriptor) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
+	return list
+}
+
+// read is what the manifest says, if it is one: tests push other things, too.
+func (m manifest) read() (doc ocispec.Manifest, ok bool) {
+	err := json.Unmarshal(m.raw, &doc)
+	return doc, err == nil
 }
