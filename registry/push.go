@@ -45,7 +45,7 @@ func (r *Repository) newUpload(desc ocispec.Descriptor, content io.ReaderAt, o P
 	if o.ChunkSize < 0 {
 		return nil, fmt.Errorf("chunk size %d", o.ChunkSize)
 	}
-	s, err := r.writable()
+	s, err := r.own()
 	if err != nil {
 		return nil, err
 	}
@@ -61,8 +61,9 @@ func (r *Repository) newUpload(desc ocispec.Descriptor, content io.ReaderAt, o P
 	return u, nil
 }
 
-// writable is the session with the registry itself: a mirror is not written to.
-func (r *Repository) writable() (*session, error) {
+// own is the session with the registry itself: a mirror is not written to, and does
+// not know what is not in the registry.
+func (r *Repository) own() (*session, error) {
 	ref, err := r.at("")
 	if err != nil {
 		return nil, err
@@ -122,7 +123,7 @@ func (r *Repository) PutManifest(ctx context.Context, target, mediaType string, 
 	}
 	var s *session
 	if err == nil {
-		s, err = r.writable()
+		s, err = r.own()
 	}
 	if err == nil {
 		err = retry(ctx, s.writing(), func(ctx context.Context) error { return s.putManifest(ctx, target, desc, raw) })

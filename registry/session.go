@@ -163,8 +163,12 @@ func (s *session) sendTo(ctx context.Context, u *url.URL, o outgoing, stranger b
 
 // location is where an answer sends its client, by the rules for redirects.
 func (s *session) location(resp *http.Response) (*url.URL, error) {
+	return s.lead(resp, resp.Header.Get("Location"))
+}
+
+func (s *session) lead(resp *http.Response, to string) (*url.URL, error) {
 	rules := redirectTransport{plainHTTP: s.client.plainHTTP}
-	u, err := rules.target(resp.Request.URL, resp.Header.Get("Location"))
+	u, err := rules.target(resp.Request.URL, to)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", resp.Request.Method, redact(resp.Request.URL), err)
 	}
