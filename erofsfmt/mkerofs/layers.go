@@ -16,6 +16,10 @@ type LayerOptions struct {
 	// Overlay keeps whiteouts in the form that overlayfs has: character devices 0:0, and directories with
 	// trusted.overlay.opaque. That is for an image of one layer, to be mounted over others.
 	Overlay bool
+	// Lower, with Overlay, has the layers that the image is to be mounted over. What an archive does not say, because
+	// it speaks of a change to those, is taken from there: directories on the way to an entry, symbolic links among
+	// them, and what a hard link is another name of. It must not change before Finish.
+	Lower *Builder
 	// MaxBytes is how much data files may have in all layers together; 0 is no limit. Not more is spooled.
 	MaxBytes int64
 	// Warn is told what of an entry has no place in EROFS and is left out.
@@ -132,6 +136,11 @@ func (l *Layers) begin() error {
 	}
 	l.layer++
 	l.whiteouts, l.hidden = nil, nil
+	if lower := l.below(); lower != nil && l.layer == 1 {
+		root := missingDir(lower)
+		root.children, root.layers = l.b.root.children, l.b.root.layers
+		l.b.root = root
+	}
 	return nil
 }
 
@@ -155,10 +164,15 @@ func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)
 	var dir *node
 	base := ""
 	if len(path) > 0 {
+		base = path[len(path)-1]
 		if dir, err = l.enter(path[:len(path)-1], true); err != nil {
+			var file *notDirError
+			if form == WhiteoutsOCI && strings.HasPrefix(base, whiteoutPrefix) && errors.As(err, &file) {
+				// Something took the place of the directory. Tools say of each file in it that it is gone, too.
+				return nil
+			}
 			return err
 		}
-		base = path[len(path)-1]
 	}
 	if form == WhiteoutsOCI {
 		if is, err := l.namedWhiteout(dir, base); is || err != nil {
@@ -277,6 +291,9 @@ func (l *Layers) linked(target string) (*node, error) {
 	if len(path) == 0 {
 		return nil, errors.New("hard link to the root")
 	}
+	if n, err := l.copyUp(path); n != nil || err != nil {
+		return n, err
+	}
 	dir, err := l.enter(path[:len(path)-1], false)
 	if err != nil {
 		return nil, fmt.Errorf("hard link to %q: %w", target, err)
@@ -303,47 +320,65 @@ func tarPath(path string) ([]string, error) {
 	return splitPath(strings.Join(names, "/"))
 }
 
+// A notDirError is that of a path which leads through something that is no directory.
+type notDirError struct{ name string }
+
+func (e *notDirError) Error() string { return fmt.Sprintf("%q on the way is not a directory", e.name) }
+
 // maxLinks is how many symbolic links a path may go through, as in Linux.
 const maxLinks = 40
 
 // enter goes down a path of directories, from the root, through symbolic links. What is missing is made, if it may be.
 func (l *Layers) enter(path []string, create bool) (*node, error) {
-	trail := []*node{l.b.root}
+	at, err := l.way(path, create)
+	if err == nil && at.dir == nil {
+		err = fmt.Errorf("%q is not there", strings.Join(path, "/"))
+	}
+	return at.dir, err
+}
+
+// way is enter for what is also of the layers below.
+func (l *Layers) way(path []string, create bool) (spot, error) {
+	trail := []spot{{l.b.root, l.below()}}
 	for links := 0; len(path) > 0; {
 		name := path[0]
 		path = path[1:]
-		dir := trail[len(trail)-1]
 		switch name {
 		case "", ".":
 			continue
 		case "..": // of a link's target
 			if len(trail) == 1 {
-				return nil, errors.New("a symbolic link on the way leads above the root")
+				return spot{}, errors.New("a symbolic link on the way leads above the root")
 			}
 			trail = trail[:len(trail)-1]
 			continue
 		}
-		next := dir.children[name]
+		here := trail[len(trail)-1]
+		next := spot{here.dir.has(name), here.below.has(name)}
+		link := next.link()
 		switch {
-		case next == nil && !create:
-			return nil, fmt.Errorf("%q is not there", name)
-		case next == nil:
-			if _, err := splitPath(name); err != nil { // of a link's target
-				return nil, err
-			}
-			next = impliedDir()
-			l.place(dir, name, next)
-		case next.Mode&ModeType == ModeSymlink:
+		case link != nil:
 			if links++; links > maxLinks {
-				return nil, fmt.Errorf("more than %d symbolic links on the way", maxLinks)
+				return spot{}, fmt.Errorf("more than %d symbolic links on the way", maxLinks)
 			}
-			if strings.HasPrefix(next.Target, "/") {
+			if strings.HasPrefix(link.Target, "/") {
 				trail = trail[:1]
 			}
-			path = append(strings.Split(next.Target, "/"), path...)
+			path = append(strings.Split(link.Target, "/"), path...)
 			continue
-		case next.children == nil:
-			return nil, fmt.Errorf("%q on the way is not a directory", name)
+		case next.dir == nil && !create && next.below.isDir():
+		case next.dir == nil && next.below != nil && !next.below.isDir():
+			return spot{}, &notDirError{name}
+		case next.dir == nil && !create:
+			return spot{}, fmt.Errorf("%q is not there", name)
+		case next.dir == nil:
+			if _, err := splitPath(name); err != nil { // of a link's target
+				return spot{}, err
+			}
+			next.dir = missingDir(next.below)
+			l.place(here.dir, name, next.dir)
+		case next.dir.children == nil:
+			return spot{}, &notDirError{name}
 		}
 		trail = append(trail, next)
 	}

@@ -20,6 +20,7 @@ import (
 // tarOf makes an archive of lines:
 //
 //	path/           a directory
+//	path/ 0700      one with this mode
 //	path = text     a file
 //	path -> target  a symbolic link
 //	path => target  a hard link
@@ -35,6 +36,11 @@ func tarOf(t testing.TB, lines ...string) []byte {
 			h.Name, h.Linkname, h.Typeflag = name, target, tar.TypeLink
 		} else if name, text, ok := strings.Cut(line, " = "); ok {
 			h.Name, data = name, text
+		} else if name, mode, ok := strings.Cut(line, "/ "); ok {
+			h.Name, h.Typeflag = name+"/", tar.TypeDir
+			if _, err := fmt.Sscanf(mode, "%o", &h.Mode); err != nil {
+				t.Fatal(err)
+			}
 		} else if strings.HasSuffix(line, "/") {
 			h.Typeflag, h.Mode = tar.TypeDir, 0o755
 		}
@@ -114,6 +120,9 @@ func lines(entries []corpus.Entry) string {
 		case e.Path == "." && len(e.Xattrs) == 0:
 		case e.Mode&ModeType == ModeDir:
 			list = append(list, e.Path+"/")
+			if mode := e.Mode &^ ModeType; mode != 0o755 {
+				list[len(list)-1] += fmt.Sprintf(" %#o", mode)
+			}
 		case e.Mode&ModeType == ModeSymlink:
 			list = append(list, e.Path+" -> "+e.Target)
 		case e.Mode&ModeType == ModeChar:
@@ -164,6 +173,8 @@ func TestLayers(t *testing.T) {
 		{"opaque root, then the root", layers{{"a = 1"}, {".wh..wh..opq", "./", "b = 2"}}, "b = 2"},
 		{"opaque root, then the root, alone", layers{{".wh..wh..opq", "./", "b = 2"}}, "b = 2"},
 		{"opaque keeps what is new below", layers{{"d/e/a = 1"}, {"d/e/b = 2", "d/.wh..wh..opq"}}, "d/, d/e/, d/e/b = 2"},
+		{"whiteout where a file is", layers{{"d/", "d/a = 1"}, {"d = 2", "d/.wh.a", "d/.wh..wh..opq"}}, "d = 2"},
+		{"whiteout where a file was", layers{{"d = 1"}, {"d/.wh.a"}}, "d = 1"},
 		{"aufs", layers{{"a = 1"}, {".wh..wh.plnk/", ".wh..wh.aufs"}}, "a = 1"},
 		{"hard link", layers{{"a = 1", "b => a", "d/c => ./a"}}, "a = 1 x3, b = 1 x3, d/, d/c = 1 x3"},
 		{"hard link to a lower layer", layers{{"a = 1"}, {"b => a"}}, "a = 1 x2, b = 1 x2"},
@@ -194,6 +205,62 @@ func TestOverlayLayer(t *testing.T) {
 		"opaque/ trusted.overlay.opaque=y, opaque/x = 1"
 	if err != nil || lines(got) != want {
 		t.Errorf("%s, %v\nwant %s", lines(got), err, want)
+	}
+}
+
+// TestLowerLayers: what an archive does not say is taken from the layers below.
+func TestLowerLayers(t *testing.T) {
+	for _, c := range []struct {
+		name         string
+		lower, layer []string
+		want         string
+	}{
+		{"a directory on the way", []string{"d/ 0700", "d/a = 1"}, []string{"d/b = 2"}, "d/ 0700, d/b = 2"},
+		{"a whiteout's directory", []string{"d/ 0700", "d/a = 1"}, []string{"d/.wh.a"}, "d/ 0700, d/a c0:0"},
+		{"through a link below", []string{"usr/lib/ 0711", "lib -> usr/lib"}, []string{"lib/x = 1"}, "usr/, usr/lib/ 0711, usr/lib/x = 1"},
+		{"through an absolute link below", []string{"run/ 0711", "var/run -> /run"}, []string{"var/run/x = 1"}, "run/ 0711, run/x = 1, var/"},
+		{"a link that is replaced", []string{"usr/lib/", "lib -> usr/lib"}, []string{"lib/", "lib/x = 1"}, "lib/, lib/x = 1"},
+		{"a hard link to a file below", []string{"d/ 0700", "d/a = 1"}, []string{"b => d/a"}, "b = 1 x2, d/ 0700, d/a = 1 x2"},
+		{"a hard link through a link below", []string{"d/a = 1", "e -> d"}, []string{"b => e/a"}, "b = 1 x2, d/, d/a = 1 x2"},
+		{"a hard link to a file of both", []string{"a = 1"}, []string{"a = 2", "b => a"}, "a = 2 x2, b = 2 x2"},
+		{"a whiteout where a file is below", []string{"d = 1"}, []string{"d/.wh.a"}, ""},
+	} {
+		var m memory
+		lower, err := New(&m, Options{TempDir: t.TempDir()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		below, err := NewLayers(lower, LayerOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := below.Apply(t.Context(), bytes.NewReader(tarOf(t, c.lower...))); err != nil {
+			t.Fatal(err)
+		}
+		got, err := layered(t, LayerOptions{Overlay: true, Lower: lower}, tarOf(t, c.layer...))
+		if err != nil || lines(got) != c.want {
+			t.Errorf("%s: %s, %v\nwant %s", c.name, lines(got), err, c.want)
+		}
+		if err := below.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, layer := range []string{"f/x = 1", "b => gone", "b => d", "b => f/x", "up/x = 1"} {
+		lower, err := New(nil, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		below, err := NewLayers(lower, LayerOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := below.Apply(t.Context(), bytes.NewReader(tarOf(t, "f = 1", "d/", "up -> ../x"))); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := layered(t, LayerOptions{Overlay: true, Lower: lower}, tarOf(t, layer)); err == nil {
+			t.Errorf("%s was taken: %s", layer, lines(got))
+		}
+		below.Close()
 	}
 }
 
