@@ -192,7 +192,7 @@ func choose(entries []ocispec.Descriptor, want platform, prefer Prefer) int {
 		if p.arch == want.arch {
 			rank[0] = 0
 		}
-		if slices.Contains(e.Platform.OSFeatures, featureErofs) == (prefer == PreferErofs) {
+		if slices.Contains(e.Platform.OSFeatures, FeatureErofs) == (prefer == PreferErofs) {
 			rank[1] = 0
 		}
 		if best < 0 || slices.Compare(rank[:], bestRank[:]) < 0 {
@@ -203,4 +203,11 @@ func choose(entries []ocispec.Descriptor, want platform, prefer Prefer) int {
 		return unnamed
 	}
 	return best
+}
+
+// ParsePlatform reads OS/ARCH[/VARIANT] in whatever spelling; the empty string is
+// this machine's.
+func ParsePlatform(s string) (ocispec.Platform, error) {
+	p, err := parsePlatform(s)
+	return ocispec.Platform{OS: p.os, Architecture: p.arch, Variant: p.variant}, err
 }

@@ -235,3 +235,25 @@ func parseManifest(raw []byte, contentType, declared string) (document, error) {
 	}
 	return doc, nil
 }
+
+// Annotations are those of the manifest.
+func (im *Image) Annotations() map[string]string { return annotationsOf(im.Manifest.Raw) }
+
+// IndexAnnotations are those of the index that led to the image, if one did.
+func (im *Image) IndexAnnotations() map[string]string {
+	if im.Index == nil {
+		return nil
+	}
+	return annotationsOf(im.Index.Raw)
+}
+
+// annotationsOf reads the annotations of a document that was read before.
+func annotationsOf(raw []byte) map[string]string {
+	var doc struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	if json.Unmarshal(raw, &doc) != nil {
+		return nil // of a form that no reader has objected to, and that nobody knows
+	}
+	return doc.Annotations
+}
