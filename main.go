@@ -97,6 +97,7 @@ func (p *program) app() *cli.App {
 		Writer:                    p.stdout,
 		ErrWriter:                 p.stderr,
 		Commands: []*cli.Command{p.mountCommand(), p.fuseCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand(),
+			p.buildCommand(), p.convertCommand(), p.pushCommand(), p.diffCommand(),
 			p.lsCommand(), p.catCommand(), p.statCommand(), p.extractCommand(),
 			p.checkCommand(), p.dumpCommand(), p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.doctorCommand(), p.helperCommand()},
 		// run prints errors and chooses the exit code.

@@ -22,10 +22,18 @@ import (
 
 // sourceFlags say which bytes are meant and how to get at them.
 func sourceFlags() []cli.Flag {
-	return []cli.Flag{
+	flags := []cli.Flag{
 		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from an image index (default: this machine's)"},
 		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N`, counted from 0 (default: the only EROFS layer)", DefaultText: "the only EROFS layer"},
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
+		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
+	}
+	return append(flags, accessFlags()...)
+}
+
+// accessFlags say how registries are spoken to.
+func accessFlags() []cli.Flag {
+	return []cli.Flag{
 		&cli.BoolFlag{Name: "plain-http", Usage: "speak plain HTTP to the registry"},
 		&cli.StringFlag{Name: "tls-ca", Usage: "trust the certificate authorities in `FILE` (PEM) as well as the system's"},
 		&cli.BoolFlag{Name: "tls-verify", Value: true, Usage: "--tls-verify=false takes any certificate of a registry for good"},
@@ -35,7 +43,6 @@ func sourceFlags() []cli.Flag {
 		&cli.StringFlag{Name: "authfile", Usage: "read credentials from `FILE` (default: those of podman login and docker login)"},
 		&cli.StringFlag{Name: "on-error", Value: "wait:60s", Usage: "how long a read waits for a network in trouble before it fails: `wait:DURATION`"},
 		&cli.IntFlag{Name: "max-conns-per-host", Value: registry.DefaultMaxConns, Usage: "keep at most `N` connections to a host"},
-		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
 	}
 }
 

@@ -1,0 +1,211 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/erofs-oci/erofs-oci/erofsfmt"
+	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
+	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/tarlayer"
+)
+
+// layersAtATime is how many layers are fetched at a time. Each is decompressed as it comes.
+const layersAtATime = 4
+
+// An imageTree is the tree that the layers of a container image make, one over the other.
+type imageTree struct {
+	store   *openedStore
+	layers  []imageLayer
+	alone   bool // there is one layer only
+	options treeOptions
+	files   []*scratchFile
+}
+
+// An imageLayer is a layer and what is known of it.
+type imageLayer struct {
+	registry.Layer
+	diffID digest.Digest // "" if the image does not say
+	erofs  bool          // it is an EROFS image, not a tar archive
+}
+
+func openImageTree(ctx context.Context, s *openedStore, o treeOptions) (*imageTree, error) {
+	im, err := registry.ResolveIn(ctx, s.Store, "", o.selector)
+	if err != nil {
+		return nil, err
+	}
+	layers, err := imageLayers(ctx, s.Store, im)
+	if err != nil {
+		return nil, err
+	}
+	if n := o.selector.Layer; n != nil {
+		if *n >= len(layers) {
+			return nil, fmt.Errorf("no layer %d: the image has %d, counted from 0", *n, len(layers))
+		}
+		layers = layers[*n : *n+1]
+	}
+	return &imageTree{store: s, layers: layers, alone: len(im.Layers) == 1, options: o}, nil
+}
+
+// imageLayers looks at the layers of an image: whether they can be read here, and what they hold.
+func imageLayers(ctx context.Context, s registry.Store, im *registry.Image) ([]imageLayer, error) {
+	var diffIDs []digest.Digest
+	config, err := registry.ImageConfigIn(ctx, s, im)
+	switch {
+	case err == nil:
+		diffIDs = config.RootFS.DiffIDs
+		if len(diffIDs) != len(im.Layers) {
+			return nil, fmt.Errorf("the image's configuration knows %d layers, its manifest %d", len(diffIDs), len(im.Layers))
+		}
+	case !errors.Is(err, errors.ErrUnsupported): // an artifact, which has no configuration
+		return nil, err
+	}
+	var list []imageLayer
+	for i, l := range im.Layers {
+		layer := imageLayer{Layer: l, erofs: l.Erofs()}
+		if err := tarlayer.Check(l.MediaType); err != nil && !layer.erofs {
+			return nil, fmt.Errorf("layer %d is %w", i, err)
+		}
+		if diffIDs != nil {
+			layer.diffID = diffIDs[i]
+		}
+		list = append(list, layer)
+	}
+	return list, nil
+}
+
+// A fetching is a layer on its way.
+type fetching struct {
+	layer imageLayer
+	ready chan struct{} // closed when what follows is known
+	file  *scratchFile
+	err   error
+}
+
+// fill fetches the layers side by side and puts them on top of each other as they come.
+func (t *imageTree) fill(ctx context.Context, l *mkerofs.Layers) error {
+	return t.each(ctx, func(f *fetching) error { return t.apply(ctx, l, f) })
+}
+
+// each fetches the layers side by side, and calls a function with one after the other, from the lowest, as they come.
+func (t *imageTree) each(ctx context.Context, do func(*fetching) error) (err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	group := new(errgroup.Group)
+	group.SetLimit(layersAtATime)
+	all := make([]*fetching, len(t.layers))
+	for i, layer := range t.layers {
+		all[i] = &fetching{layer: layer, ready: make(chan struct{})}
+	}
+	started := make(chan struct{})
+	go func() {
+		defer close(started)
+		for _, f := range all {
+			group.Go(func() error {
+				f.file, f.err = fetchLayer(ctx, t.store, f.layer, t.options)
+				close(f.ready)
+				return f.err
+			})
+		}
+	}()
+	defer func() {
+		cancel()
+		<-started
+		// The first error is the one that ended it; the others say that they were canceled.
+		_ = group.Wait()
+		for _, f := range all {
+			if f.file != nil {
+				t.files = append(t.files, f.file)
+			}
+		}
+	}()
+	for _, f := range all {
+		<-f.ready
+		if f.err != nil {
+			return f.err
+		}
+		if err := do(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fetchLayer keeps a layer in a file, decompressed and verified.
+func fetchLayer(ctx context.Context, s registry.Store, layer imageLayer, o treeOptions) (_ *scratchFile, err error) {
+	step := o.steps.begin("fetch layer "+shortDigest(layer.Digest), layer.Size)
+	defer func() { step.end(err) }()
+	f, err := o.scratch.create()
+	if err != nil {
+		return nil, err
+	}
+	if err := copyLayer(ctx, s, layer, f, step); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func copyLayer(ctx context.Context, s registry.Store, layer imageLayer, to *scratchFile, step *step) (err error) {
+	blob, err := s.Blob(ctx, layer.Descriptor)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, blob.Close()) }()
+	r, err := tarlayer.Open(io.TeeReader(blob, step), layer.Descriptor, layer.diffID)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	_, err = to.ReadFrom(r)
+	return err
+}
+
+// shortDigest is as much of a digest as people compare.
+func shortDigest(d digest.Digest) string {
+	if hex := d.Encoded(); len(hex) > 12 {
+		return hex[:12]
+	}
+	return d.String()
+}
+
+// apply puts a fetched layer on top of the others.
+func (t *imageTree) apply(ctx context.Context, l *mkerofs.Layers, f *fetching) error {
+	if !f.layer.erofs {
+		return l.ApplyAt(ctx, f.file, f.file.size)
+	}
+	im, err := erofsfmt.Open(ctx, scratchSource{f.file})
+	if err != nil {
+		return fmt.Errorf("layer %d: %w", f.layer.Index, err)
+	}
+	form := mkerofs.WhiteoutsNone // an image of its own
+	if !t.alone {
+		form = mkerofs.WhiteoutsOverlay
+	}
+	return l.ApplyEntries(ctx, imageEntries(ctx, im), form)
+}
+
+func (t *imageTree) Close() error {
+	var errs []error
+	for _, f := range t.files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(append(errs, t.store.Close())...)
+}
+
+// A scratchSource is what was kept, for the reader of images.
+type scratchSource struct{ f *scratchFile }
+
+func (s scratchSource) Size() int64 { return s.f.size }
+
+func (s scratchSource) ReadAt(_ context.Context, p []byte, off int64) error {
+	_, err := s.f.ReadAt(p, off)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
