@@ -41,32 +41,40 @@ type authTransport struct {
 	secrets []string            // to be removed from what servers say
 }
 
+// maxRefusals is how many grants may be refused: one may have expired on its way,
+// which can be long where a gate holds requests back.
+const maxRefusals = 2
+
 func (t *authTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	header, err := t.known(req.Context())
 	if err != nil {
 		return nil, err
 	}
-	resp, err := t.send(req, header)
-	if err != nil || !t.challenged(req, resp) {
-		return resp, err
+	g := grant{header: header}
+	for refusals := 0; ; {
+		resp, err := t.send(req, g.header)
+		if err != nil || !t.challenged(req, resp) {
+			return resp, err
+		}
+		asked, ok := t.asked(resp)
+		refusal := statusError(resp, t.hide)
+		if g.header != "" {
+			refusals++
+		}
+		switch {
+		case !ok:
+			return nil, refusal
+		case refusals == maxRefusals:
+			return nil, t.advise(refusal, g)
+		}
+		refused := g.header
+		if g, err = t.authorize(req.Context(), asked, refused); err != nil {
+			return nil, err
+		}
+		if g.header == "" || g.header == refused {
+			return nil, t.advise(refusal, g)
+		}
 	}
-	asked, ok := t.asked(resp)
-	refusal := statusError(resp, t.hide)
-	if !ok {
-		return nil, refusal
-	}
-	g, err := t.authorize(req.Context(), asked, header)
-	if err != nil {
-		return nil, err
-	}
-	if g.header == "" || g.header == header {
-		return nil, t.advise(refusal, g)
-	}
-	resp, err = t.send(req, g.header)
-	if err != nil || !t.challenged(req, resp) {
-		return resp, err
-	}
-	return nil, t.advise(statusError(resp, t.hide), g)
 }
 
 func (t *authTransport) send(req *http.Request, header string) (*http.Response, error) {
