@@ -24,8 +24,10 @@ func (p *program) inspectCommand() *cli.Command {
 		Usage:       "show an image: manifest, platform, layers, and the superblock of its EROFS layer",
 		ArgsUsage:   "REF",
 		Description: refHelp,
-		Flags:       append([]cli.Flag{jsonFlag()}, imageFlags()...),
-		Action:      p.inspect,
+		Flags: append([]cli.Flag{jsonFlag(),
+			&cli.BoolFlag{Name: "probe", Usage: "say what the registry and its mirrors do: authentication, ranges, redirects, latency, throughput"},
+		}, imageFlags()...),
+		Action: p.inspect,
 	}
 }
 
@@ -44,6 +46,8 @@ type inspection struct {
 	Blob    *inspectedBlob `json:"blob,omitempty"`
 	Problem string         `json:"problem,omitempty"`
 	Erofs   *inspectedFS   `json:"erofs,omitempty"`
+	// Places are the registry and its mirrors, with --probe.
+	Places []inspectedPlace `json:"places,omitempty"`
 }
 
 type inspectedBlob struct {
@@ -81,15 +85,20 @@ func (p *program) inspect(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	look := p.look
+	if c.Bool("probe") {
+		look = p.lookAndProbe
+	}
 	o := &opened{ref: options.ref}
-	found, err := p.look(c.Context, o, options)
-	if err = errors.Join(err, o.Close()); err != nil {
+	found, err := look(c.Context, o, options)
+	err = errors.Join(err, o.Close())
+	switch {
+	case found == nil:
 		return err
+	case c.Bool("json"):
+		return errors.Join(printJSON(p.stdout, found), err)
 	}
-	if c.Bool("json") {
-		return printJSON(p.stdout, found)
-	}
-	return found.print(p.stdout)
+	return errors.Join(found.print(p.stdout), err)
 }
 
 // look finds the bytes that s names and reads as much of them as the superblock
@@ -104,6 +113,11 @@ func (p *program) look(ctx context.Context, o *opened, s *sourceOptions) (found 
 	if err != nil {
 		return nil, s.ref.hint(err)
 	}
+	return p.lookInside(ctx, o, s, found)
+}
+
+// lookInside reads the superblock of what was found.
+func (p *program) lookInside(ctx context.Context, o *opened, s *sourceOptions, found *inspection) (*inspection, error) {
 	if found.Problem != "" {
 		return found, nil
 	}
@@ -209,6 +223,11 @@ func (f *inspection) print(w io.Writer) error {
 		line("  features:", "%s", strings.Join(append(fs.FeaturesCompat, fs.FeaturesIncompat...), " "))
 		line("  algorithms:", "%s", strings.Join(fs.Algorithms, " "))
 		line("  devices:", "%d", fs.Devices)
+	}
+	for _, place := range f.Places {
+		for _, l := range place.lines() {
+			line(l[0], "%s", l[1])
+		}
 	}
 	return t.Flush()
 }

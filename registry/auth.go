@@ -42,36 +42,44 @@ type authTransport struct {
 	secrets []string            // to be removed from what servers say
 }
 
+// A grant may be refused that was good when it was granted: it has expired on its
+// way, which can be long where a gate holds requests back, or others have used it up.
+// So maxFresh that were fetched for a request may be refused, and maxSends in all.
+const (
+	maxFresh = 2
+	maxSends = 4
+)
+
 func (t *authTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	header, err := t.known(req.Context())
 	if err != nil {
 		return nil, err
 	}
-	var g grant
-	for sends, final := 1, false; ; sends++ {
-		resp, err := t.send(req, header)
+	g, fresh := grant{header: header}, 0
+	for sends := 1; ; sends++ {
+		resp, err := t.send(req, g.header)
 		if err != nil || !t.challenged(req, resp) {
 			return resp, err
 		}
 		asked, ok := t.asked(resp)
 		refusal := statusError(resp, t.hide)
 		switch {
-		case final, sends == 3:
-			return nil, t.advise(refusal, g)
 		case !ok:
 			return nil, refusal
+		case fresh == maxFresh, sends == maxSends:
+			return nil, t.advise(refusal, g)
 		}
-		// A grant that was fetched for another request may be as worthless as the
-		// one that was refused; one that was fetched for this request is final.
-		g, final, err = t.authorize(req.Context(), asked, header)
-		if err != nil {
+		refused, isNew := g.header, false
+		if g, isNew, err = t.authorize(req.Context(), asked, refused); err != nil {
 			t.forget(asked, err)
 			return nil, err
 		}
-		if g.header == "" || g.header == header {
+		if g.header == "" || g.header == refused {
 			return nil, t.advise(refusal, g)
 		}
-		header = g.header
+		if isNew {
+			fresh++
+		}
 	}
 }
 

@@ -31,12 +31,16 @@ func pushAuthorized(t *testing.T, r *fakeregistry.Registry, o fakeregistry.Optio
 	t.Helper()
 	push := pushOptions(t, r)
 	if o.Auth == fakeregistry.Basic {
-		push.Authorization = "Basic " + base64.StdEncoding.EncodeToString([]byte(o.Username+":"+o.Password))
+		push.Authorization = basicOf(o)
 	}
 	if _, err := ocipush.Push(t.Context(), r.URL(), "team/x:v1", []ocipush.Layer{erofsLayer}, push); err != nil {
 		t.Fatal(err)
 	}
 	r.ResetStats()
+}
+
+func basicOf(o fakeregistry.Options) string {
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(o.Username+":"+o.Password))
 }
 
 // loginFile writes a login file with the entries, which are key, user, password.

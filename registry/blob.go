@@ -111,7 +111,8 @@ func (b *Blob) ask(ctx context.Context, p *place, off, end int64) (answer, error
 	}
 	if err != nil {
 		b.storage[p.index].Store(nil)
-		_ = resp.Body.Close() // the answer is refused anyway
+		refused(resp)
+		_ = resp.Body.Close() // the answer is of no use
 		return answer{}, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
 	}
 	return answer{resp: resp, whole: resp.StatusCode == http.StatusOK, from: p}, nil
@@ -135,11 +136,26 @@ func (b *Blob) send(ctx context.Context, p *place, header http.Header) (*http.Re
 			return nil, refusal
 		}
 	}
+	elsewhere := func(resp *http.Response) bool { return resp.Request.URL.Host != p.ref.apiHost() }
 	resp, err := p.do(ctx, http.MethodGet, b.path(), header)
-	if err == nil && resp.StatusCode < 300 && resp.Request.URL.Host != p.ref.apiHost() {
+	if err == nil && elsewhere(resp) && saysStale(resp.StatusCode) {
+		// It was signed a moment ago, but may have waited on its way: once more.
+		discard(resp)
+		resp, err = p.do(ctx, http.MethodGet, b.path(), header)
+	}
+	if err == nil && resp.StatusCode < 300 && elsewhere(resp) {
 		known.Store(resp.Request.URL)
 	}
 	return resp, err
+}
+
+// saysStale reports how storages refuse a URL that is not good any more.
+func saysStale(status int) bool {
+	switch status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusGone:
+		return true
+	}
+	return false
 }
 
 func rangeHeader(off, end int64) http.Header {

@@ -90,6 +90,7 @@ type Client struct {
 	// trustAny has any certificate of a host taken for good.
 	trustAny func(host string)
 	tasks    tasks
+	conns    conns
 
 	mu       sync.Mutex
 	sessions map[sessionKey]*session
@@ -130,7 +131,7 @@ func New(o Options) (*Client, error) {
 		wire.userAgent = defaultUserAgent()
 	}
 	if wire.next == nil {
-		t := &hostTransport{base: newTransport(o, noProgress), dirs: o.CertDirs, hosts: map[string]*http.Transport{}, insecure: map[string]bool{}}
+		t := &hostTransport{base: newTransport(o, noProgress, &c.conns), dirs: o.CertDirs, hosts: map[string]*http.Transport{}, insecure: map[string]bool{}}
 		wire.next, wire.queues, c.idle, c.trustAny = t, true, t.closeIdle, t.trustAny
 	}
 	gates := newGateTransport(wire, maxConns(o))
@@ -145,6 +146,7 @@ func New(o Options) (*Client, error) {
 func (c *Client) Close() error {
 	err := c.tasks.close()
 	c.idle()
+	c.conns.close()
 	return err
 }
 
@@ -165,8 +167,8 @@ func maxConns(o Options) int {
 	return o.MaxConnsPerHost
 }
 
-func newTransport(o Options, noProgress time.Duration) *http.Transport {
-	conns := maxConns(o)
+func newTransport(o Options, noProgress time.Duration, all *conns) *http.Transport {
+	most := maxConns(o)
 	dialer := &net.Dialer{Timeout: noProgress}
 	return &http.Transport{
 		Proxy: proxyFromEnvironment,
@@ -174,10 +176,10 @@ func newTransport(o Options, noProgress time.Duration) *http.Transport {
 		DisableCompression:  true,
 		ForceAttemptHTTP2:   true,
 		TLSClientConfig:     tlsConfig(o),
-		DialContext:         dialer.DialContext,
+		DialContext:         all.over(dialer.DialContext),
 		TLSHandshakeTimeout: min(noProgress, 10*time.Second),
-		MaxConnsPerHost:     conns,
-		MaxIdleConnsPerHost: conns,
+		MaxConnsPerHost:     most,
+		MaxIdleConnsPerHost: most,
 		IdleConnTimeout:     90 * time.Second,
 		// How long a large upload waits for leave: see session.send.
 		ExpectContinueTimeout:  time.Second,

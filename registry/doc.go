@@ -5,6 +5,7 @@
 //	Client.Resolve   Reference + platform → Image (index, manifest, layers)
 //	Image.ErofsLayer Image + selection    → the layer to mount
 //	Client.Blob      layer                → Blob: Size, Fetch
+//	Client.Probe     layer                → what the registry and its mirrors do when it is read
 //
 // A Blob is the lowest reader of the program: one Fetch is one ranged GET whose
 // answer is checked (status 206, Content-Range, body length, no encoding) and
@@ -50,7 +51,5 @@
 // (localhost, 127.0.0.0/8, ::1) which answers the TLS greeting with something
 // that is not TLS: that one is spoken to in plain HTTP from then on.
 //
-// The package does not read credentials stored under docker's "credsStore" key,
-// registries.conf mirrors or certs.d directories, does not write to registries,
-// and knows nothing of what is in a blob.
+// The package has no peer-to-peer transport, and knows nothing of what is in a blob.
 package registry

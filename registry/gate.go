@@ -236,6 +236,14 @@ func (b *gateBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
+// refused takes note that an answer was looked at and is not what it should be: no new
+// try would change that, and so it is good news of its host.
+func refused(resp *http.Response) {
+	if b, ok := resp.Body.(*gateBody); ok {
+		b.settle(nil)
+	}
+}
+
 // held returns what err is of a request that did not leave, or nil.
 func held(err error) *heldError {
 	var h *heldError

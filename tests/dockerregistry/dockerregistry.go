@@ -25,6 +25,8 @@ import (
 type Options struct {
 	// Upstream makes it a pull-through cache of the registry at this URL.
 	Upstream string
+	// Config is more of its configuration, in YAML: auth, say.
+	Config string
 }
 
 // A Registry serves until the test ends, or Kill.
@@ -53,6 +55,7 @@ func StartWith(t testing.TB, o Options) *Registry {
 	if o.Upstream != "" {
 		text = fmt.Appendf(text, "proxy:\n  remoteurl: %s\n", o.Upstream)
 	}
+	text = append(text, o.Config...)
 	if err := os.WriteFile(config, text, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -22,9 +22,10 @@ const (
 type tokens struct {
 	opts Options
 
-	mu                 sync.Mutex // guards what follows
-	username, password string
-	issued             map[string]given
+	mu        sync.Mutex // guards what follows
+	username  string
+	passwords []string // any of them
+	issued    map[string]given
 }
 
 type given struct {
@@ -33,15 +34,15 @@ type given struct {
 }
 
 func newTokens(o Options) *tokens {
-	return &tokens{opts: o, username: o.Username, password: o.Password, issued: map[string]given{}}
+	return &tokens{opts: o, username: o.Username, passwords: []string{o.Password}, issued: map[string]given{}}
 }
 
-// SetCredentials replaces Options.Username and Password. Tokens that were given out
-// live on.
-func (r *Registry) SetCredentials(username, password string) {
+// SetCredentials replaces Options.Username and Password. Any of the passwords will
+// do, as in the middle of a rotation. Tokens that were given out live on.
+func (r *Registry) SetCredentials(username string, passwords ...string) {
 	r.tokens.mu.Lock()
 	defer r.tokens.mu.Unlock()
-	r.tokens.username, r.tokens.password = username, password
+	r.tokens.username, r.tokens.passwords = username, passwords
 }
 
 // admits says whether a request bears the right name and password; anybody does
@@ -53,7 +54,7 @@ func (t *tokens) admits(req *http.Request) bool {
 	if t.username == "" {
 		return !ok
 	}
-	return ok && user == t.username && password == t.password
+	return ok && user == t.username && slices.Contains(t.passwords, password)
 }
 
 func (t *tokens) issue(scope string) string {

@@ -45,6 +45,8 @@ func (r *Registry) handle(s *server, w http.ResponseWriter, req *http.Request) {
 	}
 	if f == nil {
 		f = &Fault{}
+	} else {
+		e.faulty()
 	}
 	out := &answer{w: w, entry: e, link: link, fault: f, left: f.After, gone: req.Context().Done(), stopped: s.done}
 	// The server looks at the body of the request that it has made: to another, it

@@ -46,6 +46,16 @@ func (p Plan) OnTokens() Plan {
 	}
 }
 
+// Authorized leaves requests without an Authorization header alone.
+func (p Plan) Authorized() Plan {
+	return func(req *http.Request) *Fault {
+		if req.Header.Get("Authorization") == "" {
+			return nil
+		}
+		return p(req)
+	}
+}
+
 // Every has one request of k meet the plan: the kth, the 2kth and so on.
 func (p Plan) Every(k int64) Plan {
 	seen := new(atomic.Int64)
@@ -72,7 +82,7 @@ func (p Plan) First(n int64) Plan {
 func NoRanges() Plan {
 	return func(req *http.Request) *Fault {
 		req.Header.Del("Range")
-		return nil
+		return &Fault{}
 	}
 }
 
@@ -86,7 +96,7 @@ func OtherRange(first, last int64) Plan {
 			return nil // a request for the whole has no range to get wrong
 		}
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", max(from+first, 0), max(to+last, 0)))
-		return nil
+		return &Fault{}
 	}
 }
 
@@ -110,8 +120,8 @@ func LongBody(n int) Fault {
 func Gzip() Fault {
 	return Fault{Rewrite: func(status int, header http.Header, body []byte) (int, []byte) {
 		var b bytes.Buffer
-		z := gzip.NewWriter(&b)
-		_, _ = z.Write(body) // into memory
+		z, _ := gzip.NewWriterLevel(&b, gzip.BestSpeed) // a level that there is
+		_, _ = z.Write(body)                            // into memory
 		_ = z.Close()
 		header.Set("Content-Encoding", "gzip")
 		return status, b.Bytes()

@@ -39,6 +39,7 @@ func TestPlans(t *testing.T) {
 		{"refused", fakeregistry.Always(fakeregistry.Fault{Status: 416}), 416, "", `{"errors":[`, ""},
 		{"of manifests", fakeregistry.Always(fakeregistry.Fault{Status: 503}).OnManifests(), 206, "bytes 2-5/10", "2345", ""},
 		{"of blobs", fakeregistry.Always(fakeregistry.Fault{Status: 503}).OnBlobs(), 503, "", `{"errors":[`, ""},
+		{"of the authorized", fakeregistry.Always(fakeregistry.Fault{Status: 503}).Authorized(), 206, "bytes 2-5/10", "2345", ""},
 		{"of either", fakeregistry.Always(fakeregistry.Fault{Status: 503}).OnTokens().Or(fakeregistry.Always(fakeregistry.Fault{Status: 502})), 502, "", `{"errors":[`, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -177,5 +178,10 @@ func TestSetCredentials(t *testing.T) {
 			resp, _ := c.do("GET", "/v2/", "", "Authorization", header)
 			c.want(resp, status)
 		}
+	}
+	c.r.SetCredentials("u", "p", "q")
+	for _, header := range []string{"Basic dTpw", "Basic dTpx"} {
+		resp, _ := c.do("GET", "/v2/", "", "Authorization", header)
+		c.want(resp, 200)
 	}
 }

@@ -112,6 +112,8 @@ type Registry struct {
 	link    *link
 	stats   Stats
 	log     []*Request
+	conns   map[net.Conn]struct{}
+	most    int // conns at a time
 }
 
 // New starts a registry on a free port of 127.0.0.1.
@@ -280,7 +282,8 @@ func (r *Registry) serve(l net.Listener) *server {
 			}
 		}),
 		// What a broken client causes here is what the tests are about.
-		ErrorLog: log.New(io.Discard, "", 0),
+		ErrorLog:  log.New(io.Discard, "", 0),
+		ConnState: r.countConn,
 	}
 	s.loop.Go(func() {
 		// Serve ends with the error that it was closed, and no other is of use.

@@ -1,6 +1,9 @@
 package fakeregistry
 
-import "net/http"
+import (
+	"net"
+	"net/http"
+)
 
 // Stats counts what a registry was asked for since New or ResetStats. A request
 // is counted when it arrives, a byte just before it is sent: whoever has
@@ -28,6 +31,7 @@ type Request struct {
 	Received   int64  // of the request's body, so far
 	Authorized bool   // whether there was an Authorization header
 	Proto      string // HTTP/1.1 or HTTP/2.0
+	Faulty     bool   // whether it met a Fault
 }
 
 // Stats returns the counts so far.
@@ -48,11 +52,33 @@ func (r *Registry) Requests() []Request {
 	return list
 }
 
-// ResetStats begins anew with both.
+// ResetStats begins anew with both, and with the most connections.
 func (r *Registry) ResetStats() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.stats, r.log = Stats{}, nil
+	r.stats, r.log, r.most = Stats{}, nil, len(r.conns)
+}
+
+// Connections are how many are open, and how many were at a time.
+func (r *Registry) Connections() (open, most int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.conns), r.most
+}
+
+func (r *Registry) countConn(c net.Conn, state http.ConnState) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch state {
+	case http.StateNew:
+		if r.conns == nil {
+			r.conns = map[net.Conn]struct{}{}
+		}
+		r.conns[c] = struct{}{}
+		r.most = max(r.most, len(r.conns))
+	case http.StateClosed, http.StateHijacked:
+		delete(r.conns, c)
+	}
 }
 
 // An entry counts one request; line is guarded by the registry's mutex.
@@ -93,6 +119,12 @@ func (r *Registry) count(req *http.Request) *entry {
 		r.stats.BlobHEADs++
 	}
 	return e
+}
+
+func (e *entry) faulty() {
+	e.registry.mu.Lock()
+	defer e.registry.mu.Unlock()
+	e.line.Faulty = true
 }
 
 func (e *entry) answered(status int) {

@@ -35,6 +35,7 @@ func probes() map[string]func() error {
 		"mkfs.erofs":      program("mkfs.erofs"),
 		"bzip2":           program("bzip2"),
 		"docker-registry": program("docker-registry"),
+		"nginx":           program("nginx"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
 		"nbdinfo":         program("nbdinfo"),
