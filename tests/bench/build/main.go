@@ -30,6 +30,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/pprof"
 	"slices"
 	"strings"
 
@@ -46,7 +47,7 @@ type bench struct {
 
 func main() {
 	b := &bench{}
-	var kinds, works, ours string
+	var kinds, works, ours, profile string
 	flag.StringVar(&b.mkfs, "mkfs", "debian", "the peer, a `CMD`, or debian for the one of Debian unstable")
 	flag.StringVar(&b.tree, "tree", "", "the `DIR` that images are made of (default: the Go toolchain's)")
 	flag.StringVar(&kinds, "kinds", "plain,lz4,lz4hc,zstd,deflate", "what images to make")
@@ -56,16 +57,34 @@ func main() {
 	flag.StringVar(&b.binary, "binary", "bin/erofs-oci", "the program that mounts, for the network")
 	flag.StringVar(&b.dir, "dir", "", "write images to `DIR` and leave them there (default: a temporary one)")
 	flag.StringVar(&ours, "ours", "", "build one image with our library, and nothing else: `KIND`; arguments are the image and its source")
+	flag.StringVar(&profile, "cpuprofile", "", "with -ours: write a profile of the processor time to `FILE`")
 	flag.Parse()
 	b.kinds, b.works = strings.Split(kinds, ","), strings.Split(works, ",")
 	do := b.main
 	if ours != "" {
-		do = func(ctx context.Context) error { return build(ctx, ours, b.workers, flag.Args()) }
+		do = func(ctx context.Context) error { return profiled(profile, func() error { return build(ctx, ours, b.workers, flag.Args()) }) }
 	}
 	if err := do(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, "build:", err)
 		os.Exit(1)
 	}
+}
+
+// profiled does it, and writes a profile of that to a file if there is to be one.
+func profiled(file string, do func() error) (err error) {
+	if file == "" {
+		return do()
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return err
+	}
+	defer pprof.StopCPUProfile()
+	return do()
 }
 
 func (b *bench) main(ctx context.Context) (err error) {
