@@ -151,7 +151,7 @@ type Builder struct {
 
 const defaultBlockSize = 4096
 
-// New begins an image that Finish writes to w. What w had there before does not matter: every byte is written.
+// New begins an image that Finish writes to w, several pieces at the same time. What w had there before does not matter: every byte is written.
 func New(w io.WriterAt, o Options) (*Builder, error) {
 	if o.BlockSize == 0 {
 		o.BlockSize = defaultBlockSize

@@ -103,13 +103,42 @@ func entry(path string, st *unix.Stat_t) (mkerofs.Entry, error) {
 		e.Target, err = os.Readlink(path)
 	case unix.S_IFREG:
 		e.Size = st.Size
-		e.Open = func() (io.ReadCloser, error) { return os.Open(path) }
+		e.Open = func() (io.ReadCloser, error) { return open(path) }
 	}
 	if err == nil {
 		e.Xattrs, err = xattrs(path)
 	}
 	return e, err
 }
+
+// A file is read by system calls alone: os.File makes six more to find out whether it could wait for data, which costs
+// a tree of small files a twentieth of the time.
+type file int
+
+func open(path string) (io.ReadCloser, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	return file(fd), nil
+}
+
+func (f file) Read(p []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(f), p)
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return 0, fmt.Errorf("read: %w", err)
+		case n == 0 && len(p) > 0:
+			return 0, io.EOF
+		default:
+			return n, nil
+		}
+	}
+}
+
+func (f file) Close() error { return unix.Close(int(f)) }
 
 func xattrs(path string) (map[string][]byte, error) {
 	var list [4096]byte
