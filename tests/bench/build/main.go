@@ -62,7 +62,9 @@ func main() {
 	b.kinds, b.works = strings.Split(kinds, ","), strings.Split(works, ",")
 	do := b.main
 	if ours != "" {
-		do = func(ctx context.Context) error { return profiled(profile, func() error { return build(ctx, ours, b.workers, flag.Args()) }) }
+		do = func(ctx context.Context) error {
+			return profiled(profile, func() error { return build(ctx, ours, b.workers, flag.Args()) })
+		}
 	}
 	if err := do(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, "build:", err)
