@@ -118,7 +118,8 @@ type Entry struct {
 	Major, Minor uint32 // of a device
 	Size         int64  // of a regular file
 	// Open gives exactly Size bytes. It is called by Finish, once, unless Size is 0; in a compressed image several
-	// files are opened at the same time.
+	// files are opened at the same time. In a chunked image a reader that has SkipHole() (int64, error) is asked for
+	// zeros that it need not read: it passes over them and says how many they are, 0 where data may follow.
 	Open func() (io.ReadCloser, error)
 }
 
@@ -151,7 +152,7 @@ type Builder struct {
 
 const defaultBlockSize = 4096
 
-// New begins an image that Finish writes to w. What w had there before does not matter: every byte is written.
+// New begins an image that Finish writes to w, several pieces at the same time. What w had there before does not matter: every byte is written.
 func New(w io.WriterAt, o Options) (*Builder, error) {
 	if o.BlockSize == 0 {
 		o.BlockSize = defaultBlockSize

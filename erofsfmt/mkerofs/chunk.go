@@ -4,7 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash/crc32"
+	"io"
 	"math"
 	"math/bits"
 
@@ -68,6 +68,24 @@ type chunkWriter struct {
 	seen map[[sha256.Size]byte]uint32
 }
 
+// A holeSkipper is a reader that knows of zeros which it need not read.
+type holeSkipper interface {
+	SkipHole() (int64, error)
+}
+
+// skipHole passes over zeros that r knows of, of at most the given bytes.
+func skipHole(r io.Reader, most int64) (int64, error) {
+	s, ok := r.(holeSkipper)
+	if !ok {
+		return 0, nil
+	}
+	n, err := s.SkipHole()
+	if err == nil && (n < 0 || n > most) {
+		err = fmt.Errorf("its source skips a hole of %d bytes, where it has %d left", n, most)
+	}
+	return n, err
+}
+
 // file writes the chunks of n, then where they are.
 func (c *chunkWriter) file(n *node, buf []byte) (err error) {
 	r, err := n.Open()
@@ -75,50 +93,61 @@ func (c *chunkWriter) file(n *node, buf []byte) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	checksum := uint32(0)
-	var index []byte
-	for off := int64(0); off < n.Size; off += int64(c.size) {
-		p := buf[:min(int64(c.size), n.Size-off)]
-		if err := readSome(ctxReader{c.ctx, r}, p, off); err != nil {
+	index := make([]byte, 0, min(n.chunks, 1<<16)*ondisk.ChunkIndexSize)
+	for off := int64(0); off < n.Size; {
+		if err := c.ctx.Err(); err != nil {
 			return err
 		}
-		checksum = crc32.Update(checksum, castagnoli, p)
-		block, err := c.chunk(p)
+		zeros, err := skipHole(r, n.Size-off)
 		if err != nil {
+			return fmt.Errorf("after %d bytes: %w", off, err)
+		}
+		holes := zeros / int64(c.size)
+		index = appendHoles(index, holes)
+		off += holes * int64(c.size)
+		zeros -= holes * int64(c.size)
+		c.progress.add(int(holes) * c.size)
+		if off == n.Size {
+			break
+		}
+		p := buf[:min(int64(c.size), n.Size-off)]
+		clear(p[:zeros])
+		if err := readSome(ctxReader{c.ctx, r}, p[zeros:], off+zeros); err != nil {
 			return err
 		}
-		d := ondisk.ChunkIndex{StartBlkLo: block}
-		if block == noBlock {
-			d = hole()
+		d := hole()
+		if !zero(p) {
+			if d, err = c.chunk(p); err != nil {
+				return err
+			}
 		}
 		index = d.Append(index)
+		off += int64(len(p))
 		c.progress.add(len(p))
 	}
 	if err := expectEnd(r); err != nil {
 		return err
 	}
-	c.content.Write(le.AppendUint32(nil, checksum))
+	c.content.Write(index)
 	_, err = c.to.WriteAt(index, n.offset+n.indexStart())
 	return err
 }
 
 // chunk writes p, if it is new, and says where it is.
-func (c *chunkWriter) chunk(p []byte) (uint32, error) {
-	if zero(p) {
-		return noBlock, nil
-	}
+func (c *chunkWriter) chunk(p []byte) (ondisk.ChunkIndex, error) {
 	digest := sha256.Sum256(p)
 	if block, ok := c.seen[digest]; ok {
-		return block, nil
+		return ondisk.ChunkIndex{StartBlkLo: block}, nil
 	}
 	if err := c.padTo(roundUp(c.pos, c.blockSize)); err != nil {
-		return 0, err
+		return ondisk.ChunkIndex{}, err
 	}
 	block := c.pos / c.blockSize
 	if block >= noBlock {
-		return 0, fmt.Errorf("more than %d blocks of %d bytes: take a larger block size", uint32(math.MaxUint32), c.blockSize)
+		return ondisk.ChunkIndex{}, fmt.Errorf("more than %d blocks of %d bytes: take a larger block size", uint32(math.MaxUint32), c.blockSize)
 	}
 	c.seen[digest] = uint32(block)
+	c.content.Write(digest[:])
 	_, err := c.Write(p)
-	return uint32(block), err
+	return ondisk.ChunkIndex{StartBlkLo: uint32(block)}, err
 }

@@ -96,7 +96,12 @@ func (o *lz4Output) finish(src []byte) (n, c int) {
 	return o.anchor + literals, o.op
 }
 
-const lz4FastBits = 13
+const (
+	lz4FastBits = 13
+	// lz4Short is the room that a sequence takes whose lengths are both in its token, with all 16 bytes of a copy that
+	// literals may come from.
+	lz4Short = 1 + 16 + 2
+)
 
 // lz4Fast finds matches in a table of the last place of each hash, as LZ4's fast levels do.
 type lz4Fast struct {
@@ -116,52 +121,76 @@ func (e *lz4Fast) begin(src []byte) {
 func lz4FastHash(v uint64) uint32 { return uint32((v << 24) * 889523592379 >> (64 - lz4FastBits)) }
 
 // fill encodes src[from:] until it or dst ends. Matches do not reach behind from.
+//
+// All that is done for most sequences, which are a few bytes long, is here and in variables of its own: what goes on in
+// functions or behind a pointer takes a fifth more time.
 func (e *lz4Fast) fill(dst, src []byte, from int) (n, c int) {
 	oldest := e.base + uint32(from) // entries below are of other sources, or behind from
 	src = src[from:]
-	o := lz4Output{dst: dst}
-	ip := 1
-	if len(src) >= 8 {
+	last, body := len(src)-lz4LastMatch, len(src)-lz4LastBytes
+	if last > 0 {
 		e.table[lz4FastHash(le.Uint64(src))] = oldest
 	}
-	for {
-		at, match := e.find(src, ip, o.anchor+o.room(), oldest)
-		if at < 0 {
+	o := lz4Output{dst: dst}
+	anchor, op := 0, 0 // those of o
+	for ip := 1; ; {
+		end := min(anchor+len(dst)-op-1, last)
+		distance := 0
+		// The longer there is no match, the larger are the steps.
+		for tries := 1 << 6; ip <= end; tries++ {
+			v := le.Uint64(src[ip : ip+8])
+			hash := lz4FastHash(v)
+			place := oldest + uint32(ip)
+			back := place - e.table[hash]
+			e.table[hash] = place
+			// A place that an earlier block looked at and did not encode lies ahead: back is 0 or very large then.
+			if back-1 < uint32(min(ip, lz4MaxDistance)) && le.Uint32(src[ip-int(back):]) == uint32(v) {
+				distance = int(back)
+				break
+			}
+			ip += tries >> 6
+		}
+		if distance == 0 {
 			break
 		}
-		for at > o.anchor && match > 0 && src[at-1] == src[match-1] {
-			at, match = at-1, match-1
+		next := matchEnd(src[:body], ip+lz4MinMatch, distance)
+		for ip > anchor && ip > distance && src[ip-1] == src[ip-1-distance] {
+			ip--
 		}
-		length := lz4MinMatch + matchLength(src[at+lz4MinMatch:len(src)-lz4LastBytes], src[match+lz4MinMatch:])
-		if o.sequence(src, at, length, at-match) {
-			break
+		literals, length := ip-anchor, next-ip
+		if literals < 15 && length < 15+lz4MinMatch && op+lz4Short+lz4Reserve <= len(dst) && anchor+16 <= len(src) {
+			p := dst[op : op+lz4Short]
+			p[0] = byte(literals<<4 | (length - lz4MinMatch))
+			*(*[16]byte)(p[1:]) = *(*[16]byte)(src[anchor:]) // what is too much will be overwritten, or lies behind the end
+			le.PutUint16(p[1+literals:], uint16(distance))
+			op, anchor = op+3+literals, next
+		} else {
+			o.anchor, o.op = anchor, op
+			if o.sequence(src, ip, length, distance) {
+				return o.finish(src)
+			}
+			anchor, op = o.anchor, o.op
 		}
-		if ip = o.anchor; ip+8 > len(src) {
+		if ip = anchor; ip+8 > len(src) {
 			break
 		}
 		e.table[lz4FastHash(le.Uint64(src[ip-2:]))] = oldest + uint32(ip-2)
 	}
+	o.anchor, o.op = anchor, op
 	return o.finish(src)
 }
 
-// find finds the next match from ip on that begins before end. The longer there is none, the larger are the steps.
-func (e *lz4Fast) find(src []byte, ip, end int, oldest uint32) (at, match int) {
-	end = min(end, len(src)-lz4LastMatch+1)
-	for tries := 1 << 6; ip < end; tries++ {
-		v := le.Uint64(src[ip:])
-		entry := &e.table[lz4FastHash(v)]
-		found := *entry
-		*entry = oldest + uint32(ip)
-		if found >= oldest {
-			match := int(found - oldest)
-			// A place that an earlier block looked at and did not encode lies ahead.
-			if match < ip && ip-match <= lz4MaxDistance && le.Uint32(src[match:]) == uint32(v) {
-				return ip, match
-			}
+// matchEnd is where the bytes from at on cease to be those of a distance before.
+func matchEnd(src []byte, at, distance int) int {
+	for ; at+8 <= len(src); at += 8 {
+		if diff := le.Uint64(src[at:at+8]) ^ le.Uint64(src[at-distance:at-distance+8]); diff != 0 {
+			return at + bits.TrailingZeros64(diff)/8
 		}
-		ip += tries >> 6
 	}
-	return -1, 0
+	for at < len(src) && src[at] == src[at-distance] {
+		at++
+	}
+	return at
 }
 
 // matchLength is how many bytes a and b have in common from their beginning. b is as long as a, or longer.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"runtime"
 	"slices"
 	"sync"
@@ -69,6 +68,14 @@ func (s *spools) Close() error {
 	return errors.Join(s.data.Close(), s.packed.Close(), s.tails.Close())
 }
 
+// workers is how many goroutines work side by side.
+func (b *Builder) workers() int {
+	if b.options.Workers > 0 {
+		return b.options.Workers
+	}
+	return min(runtime.GOMAXPROCS(0), maxWorkers)
+}
+
 // compress reads all files and leaves what they become in spools.
 func (b *Builder) compress(ctx context.Context, files []*node) (_ *spools, err error) {
 	s, err := newSpools(b.options.TempDir)
@@ -79,10 +86,7 @@ func (b *Builder) compress(ctx context.Context, files []*node) (_ *spools, err e
 		b.packed = newPackedNode()
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	workers := b.options.Workers
-	if workers == 0 {
-		workers = min(runtime.GOMAXPROCS(0), maxWorkers)
-	}
+	workers := b.workers()
 	p := &pipeline{
 		Builder: b, ctx: ctx, spools: s, seen: make(map[[32]byte]*stored),
 		work: make(chan *segment), ordered: make(chan *segment, 2*workers),
@@ -125,7 +129,10 @@ func (b *Builder) compress(ctx context.Context, files []*node) (_ *spools, err e
 	if readErr != nil { // p.ordered is closed after it was set
 		return nil, readErr
 	}
-	return s, p.finishPacked()
+	if err := p.finishPacked(); err != nil {
+		return nil, err
+	}
+	return s, s.tails.w.Flush()
 }
 
 // send gives a segment to the workers.
@@ -349,17 +356,4 @@ func (p *pipeline) finishPacked() error {
 
 func newPackedNode() *node {
 	return &node{Entry: Entry{Mode: ModeRegular, Mtime: time.Unix(0, 0)}}
-}
-
-// reader gives what lies behind the metadata.
-func (s *spools) reader() (io.Reader, error) {
-	data, err := s.data.reader(0, s.data.size)
-	if err != nil {
-		return nil, err
-	}
-	packed, err := s.packed.reader(0, s.packed.size)
-	if err != nil {
-		return nil, err
-	}
-	return io.MultiReader(data, packed), nil
 }

@@ -64,9 +64,13 @@ func (w *worker) do(s *segment) error {
 	if w.Dedupe && s.whole() {
 		s.digest = sha256.Sum256(s.data)
 	}
-	w.encode(s, w.Fragments && s.n != w.builder.packed)
-	if s.whole() && s.fragment == nil && w.useless(s) {
+	if fragments := w.Fragments && s.n != w.builder.packed; s.whole() && w.hopeless(s.data, fragments) {
 		w.store(s)
+	} else {
+		w.encode(s, fragments)
+		if s.whole() && s.fragment == nil && w.useless(s) {
+			w.store(s)
+		}
 	}
 	if len(s.fragment) == 0 {
 		w.builder.buffers.put(s.data)
@@ -180,6 +184,11 @@ func (w *worker) plainExtents(s *segment, from, n int) {
 	}
 }
 
+// hopeless says that a file will be stored as it is, since nothing is smaller than a block.
+func (w *worker) hopeless(data []byte, fragments bool) bool {
+	return len(data) <= w.builder.options.BlockSize && !fragments && !w.TailPacking
+}
+
 // useless says that a file takes no more room as it is.
 func (w *worker) useless(s *segment) bool {
 	x := index{Compression: w.Compression, blockBits: w.builder.blockBits, size: int64(len(s.data))}
@@ -193,6 +202,9 @@ func (w *worker) store(s *segment) {
 	blocks, tail := w.builder.split(int64(len(s.data)))
 	whole := len(s.data) - int(tail)
 	s.plain, s.extents = true, nil
+	if s.blocks == nil {
+		s.blocks = w.builder.buffers.get(len(s.data) + w.builder.options.BlockSize)
+	}
 	s.blocks = append(s.blocks[:0], s.data[:whole]...)
 	s.blocks = append(s.blocks, make([]byte, int(blocks)*w.builder.options.BlockSize-whole)...)
 	s.tail = append(s.tail[:0], s.data[whole:]...)

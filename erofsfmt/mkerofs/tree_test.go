@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -460,7 +461,12 @@ func buildTo(t testing.TB, w io.WriterAt, o Options, entries []Entry) int64 {
 // memory is an image in memory.
 type memory []byte
 
+// memoryLock is for what a memory is while it grows.
+var memoryLock sync.Mutex
+
 func (m *memory) WriteAt(p []byte, off int64) (int, error) {
+	memoryLock.Lock()
+	defer memoryLock.Unlock()
 	if end := off + int64(len(p)); end > int64(len(*m)) {
 		*m = append(*m, make([]byte, end-int64(len(*m)))...)
 	}

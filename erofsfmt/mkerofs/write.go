@@ -44,7 +44,7 @@ func (b *Builder) Finish(ctx context.Context) (size int64, err error) {
 	w := &writer{
 		ctx: ctx, to: b.w, pos: l.metaStart, content: sha256.New(),
 		blockSize: int64(b.options.BlockSize), chunkSize: b.options.ChunkSize, metadataOnly: b.options.MetadataOnly,
-		progress: &b.progress,
+		workers: b.workers(), progress: &b.progress,
 	}
 	w.out = bufio.NewWriterSize(io.NewOffsetWriter(b.w, w.pos), bufferSize)
 	for _, step := range []func(*layout) error{w.metadata, w.data, func(l *layout) error { return b.writeSuper(l, w) }} {
@@ -118,6 +118,7 @@ type writer struct {
 	blockSize    int64
 	chunkSize    int
 	metadataOnly bool
+	workers      int
 	progress     *progress
 	content      hash.Hash // of the metadata, and of the files' checksums
 }
@@ -229,10 +230,10 @@ func (n *node) metaContent(blockSize int64) []byte {
 
 // data writes the regular files.
 func (w *writer) data(l *layout) error {
-	buf := make([]byte, max(bufferSize, w.chunkSize))
 	if l.spools != nil {
-		return w.spooled(l, buf)
+		return w.spooled(l)
 	}
+	buf := make([]byte, max(bufferSize, w.chunkSize))
 	chunks := chunkWriter{w, w.chunkSize, make(map[[sha256.Size]byte]uint32)}
 	for _, n := range l.files {
 		write := w.file
@@ -253,19 +254,23 @@ func (w *writer) data(l *layout) error {
 	return w.out.Flush()
 }
 
-// spooled writes what files were compressed to.
-func (w *writer) spooled(l *layout, buf []byte) error {
+// spooled writes what files were compressed to. Nothing is in w.out any more.
+func (w *writer) spooled(l *layout) error {
 	for _, n := range l.nodes {
 		if n.stored != nil {
 			w.content.Write(binary.LittleEndian.AppendUint32(nil, n.stored.checksum))
 		}
 	}
-	r, err := l.spools.reader()
-	if err != nil {
-		return err
+	for _, s := range []*spool{l.spools.data, l.spools.packed} {
+		if err := s.copyTo(w.ctx, w.to, w.pos, w.workers); err != nil {
+			return err
+		}
+		w.pos += s.size
 	}
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, ctxReader{w.ctx, r}, buf)
-	return errors.Join(err, w.padTo(l.blocks*w.blockSize), w.out.Flush())
+	if end := l.blocks * w.blockSize; w.pos != end {
+		return fmt.Errorf("data ends at byte %d of the image, not %d: the layout is wrong", w.pos, end)
+	}
+	return nil
 }
 
 func (w *writer) file(n *node, buf []byte) (err error) {

@@ -5,6 +5,7 @@
 //	root := debian.Root(t)          // a directory; nobody writes to it
 //	mkfs := debian.Mkfs(t)
 //	mkfs.Run(t, "-zzstd", "-Efragments", "root.erofs", root)
+//	dir := mkfs.Mount(t, "root.erofs") // by erofsfuse
 //
 // Both come from the mirror that this machine's apt uses, once; they are kept
 // in the user's cache directory, and whoever asks at the same time, in another
