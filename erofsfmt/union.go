@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"sync"
 
@@ -15,6 +16,7 @@ import (
 type Layer struct {
 	Image   ReaderAt
 	Devices []ReaderAt // as in Options
+	Name    string     // what errors call it; "layer N", counted from the lowest, if empty
 }
 
 // MaxLayers is how many images can be laid over each other, here and in the kernel
@@ -74,13 +76,16 @@ func OpenLayers(ctx context.Context, layers []Layer, o Options) (*Image, error) 
 		return nil, fmt.Errorf("erofs: %d layers: %d is the most", n, MaxLayers)
 	}
 	limit := o.cacheBytes()
-	u := &union{layers: make([]*Image, len(layers)), roots: make([]dirAt, len(layers))}
+	u := &union{layers: make([]*Image, len(layers)), shown: make([]string, len(layers)), roots: make([]dirAt, len(layers))}
 	u.stacks.limit, u.names.limit, u.tops.limit = limit/32, limit/32, limit/32
 	with := newShared(limit - 3*(limit/32))
 	errs := make([]error, len(layers))
 	var opening sync.WaitGroup
 	free := make(chan struct{}, openAtOnce)
 	for i, l := range layers {
+		if u.shown[i] = l.Name; l.Name == "" {
+			u.shown[i] = fmt.Sprintf("layer %d", len(layers)-1-i)
+		}
 		opening.Go(func() {
 			free <- struct{}{}
 			defer func() { <-free }()
@@ -95,6 +100,24 @@ func OpenLayers(ctx context.Context, layers []Layer, o Options) (*Image, error) 
 		return nil, err
 	}
 	return &Image{union: u, sb: u.super()}, nil
+}
+
+// Layers are the images that OpenLayers laid over each other, the topmost first; the
+// image itself if it is one.
+func (im *Image) Layers() []*Image {
+	if im.union == nil {
+		return []*Image{im}
+	}
+	return slices.Clone(im.union.layers)
+}
+
+// RootLayers is how many layers make up the root directory, and with it all that is
+// shown: fewer than were opened where one of them has an opaque root.
+func (im *Image) RootLayers() int {
+	if im.union == nil {
+		return 1
+	}
+	return len(im.union.rootStack(0))
 }
 
 // open opens layer i and looks at its root, which is usually beside the superblock.
@@ -119,6 +142,7 @@ func (u *union) open(ctx context.Context, i int, l Layer, with shared) error {
 // A union is what OpenLayers opened.
 type union struct {
 	layers []*Image // the topmost first
+	shown  []string // in errors
 	roots  []dirAt
 
 	stacks recent[Nid, []dirAt]        // of directories that have others below them
@@ -174,13 +198,12 @@ func (u *union) super() Superblock {
 	return sb
 }
 
-// numbered says which layer an error is about, counted as a manifest does: from 0,
-// the lowest.
+// numbered says which layer an error is about.
 func (u *union) numbered(layer int, err error) error {
 	if err == nil || err == fs.ErrNotExist || err == ErrNoXattr {
 		return err
 	}
-	return fmt.Errorf("layer %d: %w", len(u.layers)-1-layer, err)
+	return fmt.Errorf("%s: %w", u.shown[layer], err)
 }
 
 func (u *union) located(l *Image, err error) error { return u.numbered(int(l.layer), err) }

@@ -55,15 +55,16 @@ func (im *Image) ErofsLayers(sel Selector) ([]Layer, error) {
 
 // ErofsLayer is ErofsLayers for who can use one layer only: several are an error.
 func (im *Image) ErofsLayer(sel Selector) (Layer, error) {
-	return im.only(im.ErofsLayers(sel))
+	chosen, err := im.ErofsLayers(sel)
+	if err != nil {
+		return Layer{}, err
+	}
+	return im.OneLayer(chosen)
 }
 
-// only is the one layer among those that were chosen.
-func (im *Image) only(chosen []Layer, err error) (Layer, error) {
-	switch {
-	case err != nil:
-		return Layer{}, err
-	case len(chosen) > 1:
+// OneLayer is the layer among those that ErofsLayers chose, if it is one.
+func (im *Image) OneLayer(chosen []Layer) (Layer, error) {
+	if len(chosen) > 1 {
 		return Layer{}, fmt.Errorf("%s: %d EROFS layers; name one by number or by digest: the image holds %s", im.Reference, len(chosen), im.inventory())
 	}
 	return chosen[0], nil
@@ -82,7 +83,11 @@ func (c *Client) ErofsLayers(ctx context.Context, im *Image, sel Selector) ([]La
 
 // ErofsLayer is Client.ErofsLayers for who can use one layer only.
 func (c *Client) ErofsLayer(ctx context.Context, im *Image, sel Selector) (Layer, error) {
-	return im.only(c.ErofsLayers(ctx, im, sel))
+	chosen, err := c.ErofsLayers(ctx, im, sel)
+	if err != nil {
+		return Layer{}, err
+	}
+	return im.OneLayer(chosen)
 }
 
 func (im *Image) choose(sel Selector) ([]Layer, error) {
