@@ -144,7 +144,7 @@ func (im *Image) allErofs() ([]Layer, error) {
 		return nil, im.noErofs()
 	}
 	if len(found) > 1 && others != "" {
-		return nil, fmt.Errorf("%d EROFS layers, but %s, and would be missing: name one by number or by digest: the image holds %s", len(found), others, im.inventory())
+		return nil, fmt.Errorf("%d EROFS layers, but %s, and would be missing; name one by number or by digest: the image holds %s", len(found), others, im.inventory())
 	}
 	for _, l := range found {
 		if err := im.refuse(l, false); err != nil {
