@@ -78,7 +78,7 @@ func Cases() map[string]Stack {
 			{root, File("big", big), File("kept", big[1:])},
 			{root, File("big", big[:70_000])},
 		},
-		"wide": {wide("low", 700), wide("high", 900), {root, Dir("w", 0o755), Removed("w/low-300"), Removed("w/both-300")}},
+		"wide": {wide("low", 250), wide("high", 350), {root, Dir("w", 0o755), Removed("w/low-198"), Removed("w/both-198")}},
 		"130":  Many(130),
 	}
 }
