@@ -325,7 +325,10 @@ func (s *staging) mount(upper *upperDir, target string, opts Options) error {
 	if len(lower) == 1 {
 		lower = append(lower, memoryName) // one alone is no overlay; nothing is in it
 	}
-	err := unix.Mount(opts.Name, target, OverlayType, opts.Flags.Flags|unix.MS_RDONLY, "lowerdir="+strings.Join(lower, ":"))
+	// What layers say of each other in attributes, other than what they hide, is
+	// not followed: it is EPERM. They need not come from one hand.
+	words := "redirect_dir=nofollow,metacopy=off,lowerdir=" + strings.Join(lower, ":")
+	err := unix.Mount(opts.Name, target, OverlayType, opts.Flags.Flags|unix.MS_RDONLY, words)
 	if err != nil {
 		return fmt.Errorf("mount %d layers over each other on %s: %w%s", len(s.lower), target, err, overlayAdvice(err, false))
 	}

@@ -77,8 +77,8 @@ func OpenLayers(ctx context.Context, layers []Layer, o Options) (*Image, error) 
 	}
 	limit := o.cacheBytes()
 	u := &union{layers: make([]*Image, len(layers)), shown: make([]string, len(layers)), roots: make([]dirAt, len(layers))}
-	u.stacks.limit, u.names.limit, u.tops.limit = limit/32, limit/32, limit/32
-	with := newShared(limit - 3*(limit/32))
+	u.stacks.limit, u.children.limit, u.tops.limit = limit/16, limit/16, limit/32
+	with := newShared(limit - limit/16 - limit/16 - limit/32)
 	errs := make([]error, len(layers))
 	var opening sync.WaitGroup
 	free := make(chan struct{}, openAtOnce)
@@ -145,9 +145,9 @@ type union struct {
 	shown  []string // in errors
 	roots  []dirAt
 
-	stacks recent[Nid, []dirAt]        // of directories that have others below them
-	names  recent[Nid, map[Nid]string] // of the directories in one; of the layer's directory alone
-	tops   recent[Nid, Nid]            // what the directory of a layer is a part of
+	stacks   recent[Nid, []dirAt]   // of directories
+	children recent[Nid, []childAt] // of the directory of a layer
+	tops     recent[Nid, Nid]       // what the directory of a layer is a part of
 }
 
 // A dirAt is a directory of one layer.

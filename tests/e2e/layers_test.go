@@ -309,3 +309,26 @@ func TestLayersPlainUser(t *testing.T) {
 	}
 	s.endsWith(dir, "fusermount3", "-u", dir)
 }
+
+// TestLayersRefused: what layers say of each other beyond what they hide is an error to
+// who looks at it, and never another file.
+func TestLayersRefused(t *testing.T) {
+	require.Has(t, "root", "fuse", "kernel-erofs", "overlay")
+	root := layered.Dir(".", 0o755)
+	ref := pushLayers(t, layeredRegistry(t), "refused", layered.Stack{
+		{root, layered.Dir("secret", 0o755), layered.File("secret/f", "1"), layered.File("data", "1")},
+		{root, layered.Dir("moved", 0o755).With("trusted.overlay.redirect", "/secret"),
+			layered.File("data", "").With("trusted.overlay.metacopy", ""), layered.File("good", "2")},
+	})
+	for backend, want := range map[string]error{"fuse": unix.EOPNOTSUPP, "file": unix.EPERM} {
+		dir := newSession(t).mount(ref, "--backend="+backend)
+		for _, name := range []string{"moved", "data"} {
+			if _, err := os.Stat(filepath.Join(dir, name)); !errors.Is(err, want) {
+				t.Errorf("%s: %s: %v", backend, name, err)
+			}
+		}
+		if got, err := os.ReadFile(filepath.Join(dir, "good")); err != nil || string(got) != "2" {
+			t.Errorf("%s: %q, %v", backend, got, err)
+		}
+	}
+}

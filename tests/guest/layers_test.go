@@ -90,6 +90,7 @@ func testLayersReattached(t *testing.T, _ version) {
 			dropCaches(t)
 			if !supervised {
 				onlyEntry(t, "orphaned")
+				failToReattach(t, dir)
 				program(t, "reattach", dir)
 			}
 			if writable {
@@ -119,4 +120,30 @@ func testLayersReattached(t *testing.T, _ version) {
 	onlyEntry(t, "orphaned")
 	program(t, "umount", dir)
 	leftInRunDir(t)
+}
+
+// failToReattach has a server fail at the last device, when it has all others: it lets
+// go of them.
+func failToReattach(t *testing.T, dir string) {
+	t.Helper()
+	records, err := filepath.Glob("/run/erofs-oci/*.json")
+	if err != nil || len(records) != 1 {
+		t.Fatalf("records %v, %v", records, err)
+	}
+	good, err := os.ReadFile(records[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := strings.LastIndex(string(good), `"identifier":"`) + len(`"identifier":"`)
+	bad := append(append(append([]byte{}, good[:at]...), 'x'), good[at:]...)
+	if err := os.WriteFile(records[0], bad, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tryProgram(t, "reattach", dir); err == nil || !strings.Contains(err.Error(), "belongs to somebody else") {
+		t.Errorf("with somebody else's device: %v", err)
+	}
+	onlyEntry(t, "orphaned")
+	if err := os.WriteFile(records[0], good, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
