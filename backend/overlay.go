@@ -388,6 +388,8 @@ func plainPath(path string) bool {
 // reason in its log only.
 func overlayAdvice(err error, writable bool) string {
 	switch {
+	case !writable && errors.Is(err, unix.ENODEV):
+		return ": this kernel has no overlayfs; load the module (modprobe overlay), or mount with --backend=fuse, which needs none"
 	case errors.Is(err, unix.ENODEV):
 		return ": this kernel has no overlayfs; load the module (modprobe overlay)"
 	case !writable && errors.Is(err, unix.EPERM):

@@ -198,7 +198,7 @@ func open(t testing.TB, image []byte) *Image {
 
 // TestUnionRandom is TestUnion for layers that nobody thought of.
 func TestUnionRandom(t *testing.T) {
-	seeds, paths := 300, 0
+	seeds, paths := 150, 0
 	if testing.Short() {
 		seeds = 30
 	}
@@ -236,6 +236,19 @@ func TestUnionWithoutHistory(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestUnionParallel: many may ask at the same time, with little to be remembered.
+func TestUnionParallel(t *testing.T) {
+	stack := layered.Random(77, 8)
+	want := listAll(t, open(t, stack.Squashed(t, mkerofs.Options{}))).lines
+	im := openStack(t, stack.Layers(t, mkerofs.Options{}), Options{CacheBytes: 1 << 15})
+	for range 8 {
+		t.Run("reader", func(t *testing.T) {
+			t.Parallel()
+			sameLines(t, slices.Clone(want), listAll(t, im).lines)
+		})
 	}
 }
 

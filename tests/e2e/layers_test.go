@@ -310,6 +310,27 @@ func TestLayersPlainUser(t *testing.T) {
 	s.endsWith(dir, "fusermount3", "-u", dir)
 }
 
+// TestLayersInUserNamespace: a plain user, root in a user namespace of its own, mounts
+// several layers writable.
+func TestLayersInUserNamespace(t *testing.T) {
+	require.Has(t, "userns", "unshare", "overlay")
+	ref := pushLayers(t, layeredRegistry(t), "userns", layered.Cases()["opaque"])
+	s := newSession(t)
+	s.asNobody()
+	dir := s.nobodysTarget()
+	script := `set -e
+"$0" mount --tmpfs-overlay "$1" "$2"
+ls "$2/d" "$2/d/sub"
+rm -r "$2/d"
+! [ -e "$2/d" ]
+umount "$2"
+`
+	r := s.run("unshare", "-Urm", "sh", "-c", script, binary, ref, dir)
+	if want := dir + "/d:\nhigh\nmid\nsub\n\n" + dir + "/d/sub:\nhigh\nmid\n"; r.code != 0 || r.stdout != want || r.stderr != "" {
+		t.Errorf("exit code %d, %q: %s", r.code, r.stdout, r.stderr)
+	}
+}
+
 // TestLayersRefused: what layers say of each other beyond what they hide is an error to
 // who looks at it, and never another file.
 func TestLayersRefused(t *testing.T) {

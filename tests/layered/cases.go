@@ -16,6 +16,7 @@ func Cases() map[string]Stack {
 	for i := range strings.Count(deep, "/") + 1 {
 		way = append(way, Dir(deep[:2*i+1], 0o755))
 	}
+	twice := []Entry{root, Dir("d", 0o755), File("d/a", "1"), File("b", "1")}
 	big := strings.Repeat("0123456789abcdef", 20_000)
 	return map[string]Stack{
 		"one": {{root, File("f", "one")}},
@@ -51,6 +52,7 @@ func Cases() map[string]Stack {
 			{root, File("low", "1")},
 			{root, Emptied("."), File("high", "2"), Removed("low")},
 		},
+		"one layer twice": {twice, {root, Removed("d"), File("b", "22"), File("c", "3")}, twice},
 		"nothing there": {
 			{root, File("f", "1"), File("kept", "1")},
 			{root, Removed("nothing"), Removed("f")},
