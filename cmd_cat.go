@@ -56,9 +56,19 @@ func catFile(ctx context.Context, im *erofsfmt.Image, name string, w io.Writer) 
 	}))
 }
 
-// withImage opens the image that ref names for the time of do.
-func (p *program) withImage(c *cli.Context, ref string, do func(context.Context, *erofsfmt.Image) error) (err error) {
-	o, err := p.openImage(c, ref, newServerLogAt(p.stderr, slog.LevelError).Logger)
+// withImage opens the image that ref names for the time of do. Several layers are one
+// image.
+func (p *program) withImage(c *cli.Context, ref string, do func(context.Context, *erofsfmt.Image) error) error {
+	return p.withOpened(c, ref, false, do)
+}
+
+// withOneLayer is withImage for who looks at how one layer is stored.
+func (p *program) withOneLayer(c *cli.Context, ref string, do func(context.Context, *erofsfmt.Image) error) error {
+	return p.withOpened(c, ref, true, do)
+}
+
+func (p *program) withOpened(c *cli.Context, ref string, oneLayer bool, do func(context.Context, *erofsfmt.Image) error) (err error) {
+	o, err := p.openImage(c, ref, oneLayer, newServerLogAt(p.stderr, slog.LevelError).Logger)
 	if err != nil {
 		return err
 	}

@@ -58,6 +58,7 @@ func (p *program) check(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	s.oneLayer = true
 	// Not openImage: what it refuses is what is looked for here.
 	o, err := p.open(c.Context, s, log)
 	if err != nil {

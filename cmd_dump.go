@@ -119,7 +119,7 @@ func (p *program) dump(c *cli.Context) error {
 			return usagef("--nid %q: want a number", c.String("nid"))
 		}
 	}
-	return p.withImage(c, args[0], func(ctx context.Context, im *erofsfmt.Image) error {
+	return p.withOneLayer(c, args[0], func(ctx context.Context, im *erofsfmt.Image) error {
 		var ino erofsfmt.Inode
 		var err error
 		switch {

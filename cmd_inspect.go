@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -21,7 +22,7 @@ import (
 func (p *program) inspectCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "inspect",
-		Usage:       "show an image: manifest, platform, layers, and the superblock of its EROFS layer",
+		Usage:       "show an image: manifest, platform, layers, and the superblocks of its EROFS layers",
 		ArgsUsage:   "REF",
 		Description: refHelp,
 		Flags: append([]cli.Flag{jsonFlag(),
@@ -41,11 +42,13 @@ type inspection struct {
 	Layers    []inspectedBlob `json:"layers"`
 	// Files are what a local image is read from, its devices after it.
 	Files []inspectedFile `json:"files,omitempty"`
-	// Blob is the blob that mount would take; nil, with Problem saying why,
-	// where it would take none.
-	Blob    *inspectedBlob `json:"blob,omitempty"`
-	Problem string         `json:"problem,omitempty"`
-	Erofs   *inspectedFS   `json:"erofs,omitempty"`
+	// Blob is the blob that mount would take, and Erofs what is in it. Where mount
+	// would lay several over each other, they are in Blobs, the lowest first. It
+	// takes none where there is a Problem.
+	Blob    *inspectedBlob  `json:"blob,omitempty"`
+	Erofs   *inspectedFS    `json:"erofs,omitempty"`
+	Blobs   []inspectedBlob `json:"blobs,omitempty"`
+	Problem string          `json:"problem,omitempty"`
 	// Places are the registry and its mirrors, with --probe.
 	Places []inspectedPlace `json:"places,omitempty"`
 }
@@ -56,6 +59,7 @@ type inspectedBlob struct {
 	Size        int64             `json:"size"`
 	MediaType   string            `json:"mediaType,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
+	Erofs       *inspectedFS      `json:"erofs,omitempty"` // of one in Blobs
 }
 
 type inspectedFile struct {
@@ -132,11 +136,17 @@ func (p *program) lookInside(ctx context.Context, o *opened, s *sourceOptions, f
 	if err != nil {
 		return nil, err
 	}
-	found.Erofs = inspectFS(im.Super())
+	layers := im.Layers()
+	if found.Blobs == nil {
+		found.Erofs = inspectFS(layers[0].Super())
+	}
+	for i := range found.Blobs {
+		found.Blobs[i].Erofs = inspectFS(layers[len(layers)-1-i].Super())
+	}
 	return found, nil
 }
 
-// lookAtRegistry resolves the reference and opens the layer that mount would take.
+// lookAtRegistry resolves the reference and opens the layers that mount would take.
 func (p *program) lookAtRegistry(ctx context.Context, o *opened, s *sourceOptions) (*inspection, error) {
 	var err error
 	if o.client, err = registry.New(s.client); err != nil {
@@ -152,13 +162,17 @@ func (p *program) lookAtRegistry(ctx context.Context, o *opened, s *sourceOption
 	for _, l := range o.image.Layers {
 		found.Layers = append(found.Layers, inspectBlob(l))
 	}
-	if o.layer, err = o.client.ErofsLayer(ctx, o.image, s.selector); err != nil {
+	if err = o.chooseLayers(ctx, s); err != nil {
 		found.Problem = err.Error()
 		return found, nil
 	}
-	blob := inspectBlob(o.layer)
-	found.Blob = &blob
-	return found, p.openBlob(o, s.ref.registry, s, s.client.Logger)
+	for _, l := range o.layers {
+		found.Blobs = append(found.Blobs, inspectBlob(l.Layer))
+	}
+	if len(found.Blobs) == 1 {
+		found.Blob, found.Blobs = &found.Blobs[0], nil
+	}
+	return found, p.openBlobs(o, s.ref.registry, s, s.client.Logger)
 }
 
 func inspectBlob(l registry.Layer) inspectedBlob {
@@ -205,7 +219,7 @@ func (f *inspection) print(w io.Writer) error {
 	}
 	for _, l := range f.Layers {
 		mark := ""
-		if f.Blob != nil && f.Blob.Index == l.Index {
+		if f.takes(l.Index) {
 			mark = "  <- mount"
 		}
 		line(fmt.Sprintf("layer %d:", l.Index), "%s  %d bytes  %s%s", l.Digest, l.Size, printable(l.MediaType), mark)
@@ -216,13 +230,13 @@ func (f *inspection) print(w io.Writer) error {
 	if f.Problem != "" {
 		line("problem:", "%s", f.Problem)
 	}
-	if fs := f.Erofs; fs != nil {
-		line("erofs:", "%d blocks of %d bytes, %d inodes, built %s", fs.Blocks, fs.BlockSize, fs.Inodes, fs.Built.Format(time.RFC3339))
-		line("  uuid:", "%s", fs.UUID)
-		line("  volume name:", "%s", printable(fs.VolumeName))
-		line("  features:", "%s", strings.Join(append(fs.FeaturesCompat, fs.FeaturesIncompat...), " "))
-		line("  algorithms:", "%s", strings.Join(fs.Algorithms, " "))
-		line("  devices:", "%d", fs.Devices)
+	if f.Erofs != nil {
+		f.Erofs.print(line, "erofs:")
+	}
+	for _, b := range f.Blobs {
+		if b.Erofs != nil {
+			b.Erofs.print(line, fmt.Sprintf("erofs of layer %d:", b.Index))
+		}
 	}
 	for _, place := range f.Places {
 		for _, l := range place.lines() {
@@ -230,6 +244,21 @@ func (f *inspection) print(w io.Writer) error {
 		}
 	}
 	return t.Flush()
+}
+
+// takes says whether mount takes the layer with this number.
+func (f *inspection) takes(index int) bool {
+	return f.Blob != nil && f.Blob.Index == index ||
+		slices.ContainsFunc(f.Blobs, func(b inspectedBlob) bool { return b.Index == index })
+}
+
+func (fs *inspectedFS) print(line func(name, format string, args ...any), name string) {
+	line(name, "%d blocks of %d bytes, %d inodes, built %s", fs.Blocks, fs.BlockSize, fs.Inodes, fs.Built.Format(time.RFC3339))
+	line("  uuid:", "%s", fs.UUID)
+	line("  volume name:", "%s", printable(fs.VolumeName))
+	line("  features:", "%s", strings.Join(slices.Concat(fs.FeaturesCompat, fs.FeaturesIncompat), " "))
+	line("  algorithms:", "%s", strings.Join(fs.Algorithms, " "))
+	line("  devices:", "%d", fs.Devices)
 }
 
 // printable leaves text as it is, and quotes what could steer a terminal or be

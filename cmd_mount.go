@@ -24,7 +24,7 @@ import (
 func (p *program) mountCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "mount",
-		Usage:     "mount an EROFS layer of an image",
+		Usage:     "mount the EROFS layers of an image",
 		ArgsUsage: "REF DIR",
 		Description: refHelp +
 			"The command returns when DIR is usable; a server goes on in the background until\n" +
@@ -120,8 +120,9 @@ func parseMount(c *cli.Context) (m *mountRequest, err error) {
 	return m, nil
 }
 
-// by is the backend that was asked for, below an overlay if one was.
-func (m *mountRequest) by(image string) backend.Backend {
+// by is the backend that was asked for; with an overlay over it if one was, or if the
+// kernel reads several layers. image tells the image from others.
+func (m *mountRequest) by(image string, layers int) backend.Backend {
 	var b backend.Backend
 	switch m.backend {
 	case backend.NBD:
@@ -131,10 +132,23 @@ func (m *mountRequest) by(image string) backend.Backend {
 	default:
 		b = m.fuse
 	}
-	if m.overlay == "" && !m.inMemory {
+	each := layers > 1 && m.backend != backend.FUSE
+	if m.overlay == "" && !m.inMemory && !each {
 		return b
 	}
-	return backend.Overlay{Inner: b, Upper: m.overlay, Tmpfs: m.inMemory, Image: image}
+	return backend.Overlay{Inner: b, Each: each, Upper: m.overlay, Tmpfs: m.inMemory, Image: image}
+}
+
+// mountVolume mounts what was opened.
+func (m *mountRequest) mountVolume(ctx context.Context, src *opened, log *slog.Logger) (_ backend.Mount, err error) {
+	v := src.volume()
+	b := m.by(src.id, 1+len(v.Below))
+	if len(v.Below) > 0 && m.backend != backend.FUSE {
+		if v, err = fusefs.ForKernel(ctx, v); err != nil {
+			return nil, err
+		}
+	}
+	return b.Mount(ctx, v, m.dir, backend.Options{Name: m.name, Flags: m.flags, Log: log})
 }
 
 // checked looks at the image before a backend that leaves it to the kernel, whose
@@ -190,8 +204,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err := src.checkDevices(ctx); err != nil {
 		return err
 	}
-	mounted, err := m.by(src.id).Mount(ctx, src.volume(), m.dir,
-		backend.Options{Name: m.name, Flags: m.flags, Log: log.Logger})
+	mounted, err := m.mountVolume(ctx, src, log.Logger)
 	if err != nil {
 		return src.explain(err)
 	}
@@ -218,19 +231,24 @@ func serverSignals() chan os.Signal {
 // describe adds to the record what is known once the mount is there.
 func (p *program) describe(mounted backend.Mount, rec *backend.Record) error {
 	rec.Device = mounted.Device()
-	if over, ok := mounted.(interface{ Inner() backend.Mount }); ok {
-		mounted = over.Inner()
+	layers := []backend.Mount{mounted}
+	if over, ok := mounted.(interface{ Inner() []backend.Mount }); ok {
+		layers = over.Inner()
 	}
-	onNBD, ok := mounted.(*nbdserve.Mount)
-	if !ok {
-		return nil
-	}
-	attachments := onNBD.Attachments()
-	if attachments == nil {
-		return nil // the devices end with this process
+	var all []nbdserve.Attachment
+	for _, l := range layers {
+		onNBD, ok := l.(*nbdserve.Mount)
+		if !ok {
+			return nil
+		}
+		attachments := onNBD.Attachments()
+		if attachments == nil {
+			return nil // the devices end with this process
+		}
+		all = append(all, attachments...)
 	}
 	var err error
-	rec.NBD, err = json.Marshal(attachments)
+	rec.NBD, err = json.Marshal(all)
 	return err
 }
 

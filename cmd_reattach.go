@@ -122,19 +122,60 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 
 // takeOver serves the recorded devices from now on.
 func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attachment, src *opened, log *slog.Logger) (backend.Mount, error) {
-	mounted, err := nbdBackend(devices[0].Connections, devices[0].Timeout).Reattach(
-		ctx, src.volume(), devices, rec.Dir, backend.Options{Log: log})
+	layers, err := attachedTo(rec, devices, src.volume())
 	if err != nil {
 		return nil, err
 	}
-	if rec.Overlay == "" && !rec.TmpfsOverlay {
-		return mounted, nil
+	var mounts []backend.Mount
+	abandon := func() (err error) {
+		for _, m := range mounts {
+			err = errors.Join(err, m.(*nbdserve.Mount).Abandon())
+		}
+		return err
+	}
+	for _, l := range layers {
+		d := l.devices[0]
+		m, err := nbdBackend(d.Connections, d.Timeout).Reattach(ctx, l.volume, l.devices, rec.Dir, backend.Options{Log: log})
+		if err != nil {
+			return nil, errors.Join(err, abandon())
+		}
+		mounts = append(mounts, m)
+	}
+	if rec.Overlay == "" && !rec.TmpfsOverlay && len(rec.Layers) == 0 {
+		return mounts[0], nil
 	}
 	over := backend.Overlay{Upper: rec.Overlay, Tmpfs: rec.TmpfsOverlay, Image: src.id}
-	return over.Resume(mounted, rec.Dir, rec.Device, log)
+	m, err := over.Resume(mounts, rec.Dir, rec.Device, log)
+	if err != nil {
+		return nil, errors.Join(err, abandon())
+	}
+	return m, nil
 }
 
-// openRecorded opens the blob of a record: by digest, whatever the reference
+// An attached layer is a volume and the devices that it was served as.
+type attached struct {
+	volume  backend.Volume
+	devices []nbdserve.Attachment
+}
+
+// attachedTo finds the devices of each layer. Low ones that nothing is to be seen of
+// have none.
+func attachedTo(rec backend.Record, devices []nbdserve.Attachment, v backend.Volume) ([]attached, error) {
+	if len(rec.Layers) == 0 {
+		return []attached{{v, devices}}, nil
+	}
+	layers := v.Layers()
+	if len(devices) > len(layers) {
+		return nil, fmt.Errorf("the record of %s: %d devices for %d layers", rec.Dir, len(devices), len(layers))
+	}
+	var all []attached
+	for i := range devices {
+		all = append(all, attached{layers[i], devices[i : i+1]})
+	}
+	return all, nil
+}
+
+// openRecorded opens the blobs of a record: by digest, whatever the reference
 // leads to now, or the files, if they are what they were.
 func (p *program) openRecorded(ctx context.Context, rec backend.Record, password string, log *serverLog) (_ *opened, devices []nbdserve.Attachment, err error) {
 	if err := json.Unmarshal(rec.NBD, &devices); err != nil {
@@ -166,14 +207,28 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if s.client.Username != "" && password == "" {
 		return nil, nil, fmt.Errorf("%s was mounted as user %s: give the password with reattach --password-stdin", rec.Dir, rec.Access.Username)
 	}
-	o := &opened{layer: registry.Layer{Index: -1, Descriptor: ocispec.Descriptor{Digest: digest.Digest(rec.Digest), Size: rec.Size}}}
+	o := &opened{layers: recordedLayers(rec)}
 	if o.client, err = registry.New(s.client); err != nil {
 		return nil, nil, err
 	}
-	if err := p.openBlob(o, ref, s, log.Logger); err != nil {
+	if err := p.openBlobs(o, ref, s, log.Logger); err != nil {
 		return nil, nil, errors.Join(err, o.Close())
 	}
 	return o, devices, nil
+}
+
+func recordedLayers(rec backend.Record) []openedLayer {
+	blobs := rec.Layers
+	if len(blobs) == 0 {
+		blobs = []backend.LayerState{{Digest: rec.Digest, Size: rec.Size}}
+	}
+	var layers []openedLayer
+	for _, b := range blobs {
+		layers = append(layers, openedLayer{Layer: registry.Layer{
+			Index: -1, Descriptor: ocispec.Descriptor{Digest: digest.Digest(b.Digest), Size: b.Size},
+		}})
+	}
+	return layers
 }
 
 func (p *program) disconnectCommand() *cli.Command {

@@ -79,6 +79,7 @@ func (p *program) serve(c *cli.Context) error {
 	if s.source, err = p.readSourceOptions(c, ref, log.Logger); err != nil {
 		return err
 	}
+	s.source.oneLayer = true
 	return p.serveNBD(c.Context, s, log)
 }
 

@@ -55,8 +55,8 @@ func (p *program) probe(ctx context.Context, o *opened, s *sourceOptions) ([]ins
 }
 
 func (o *opened) probed() ocispec.Descriptor {
-	if o.layer.Digest != "" {
-		return o.layer.Descriptor
+	if len(o.layers) > 0 {
+		return o.layers[0].Descriptor
 	}
 	largest := o.image.Config
 	for _, l := range o.image.Layers {

@@ -12,10 +12,12 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/erofsfmt"
+	"github.com/erofs-oci/erofs-oci/fusefs"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
@@ -24,7 +26,7 @@ import (
 func sourceFlags() []cli.Flag {
 	flags := []cli.Flag{
 		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from an image index (default: this machine's)"},
-		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N`, counted from 0 (default: the only EROFS layer)", DefaultText: "the only EROFS layer"},
+		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N` alone, counted from 0 (default: all EROFS layers)", DefaultText: "all EROFS layers"},
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
 	}
@@ -63,6 +65,7 @@ type sourceOptions struct {
 	memory   int64    // as erofsfmt.Options.CacheBytes
 	client   registry.Options
 	selector registry.Selector
+	oneLayer bool // of several layers one is to be named
 	cacheDir string
 	onError  string
 	tlsCA    string
@@ -193,7 +196,7 @@ func parseOnError(v string) (time.Duration, error) {
 	return wait, nil
 }
 
-// opened is a volume, ready to be read: a layer of a registry's image through the
+// opened is a volume, ready to be read: layers of a registry's image through the
 // cache, or files.
 type opened struct {
 	ref imageRef
@@ -201,13 +204,27 @@ type opened struct {
 
 	client *registry.Client
 	image  *registry.Image
-	layer  registry.Layer
+	layers []openedLayer // the lowest first
 	cache  *blobcache.Cache
-	blob   *blobcache.Blob
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
 	super   *erofsfmt.Superblock // set by openErofs
+}
+
+// An openedLayer is a layer, from a manifest or from a record. It has its blob when it
+// is open.
+type openedLayer struct {
+	registry.Layer
+	blob *blobcache.Blob
+}
+
+// name is what errors call the layer.
+func (l *openedLayer) name() string {
+	if l.Index >= 0 {
+		return fmt.Sprintf("layer %d", l.Index)
+	}
+	return "blob " + l.Digest.String()
 }
 
 // open opens what s names.
@@ -227,18 +244,29 @@ func (p *program) open(ctx context.Context, s *sourceOptions, log *slog.Logger) 
 	if o.image, err = o.client.Resolve(ctx, s.ref.registry, s.selector); err != nil {
 		return nil, err
 	}
-	if o.layer, err = o.client.ErofsLayer(ctx, o.image, s.selector); err != nil {
+	if err = o.chooseLayers(ctx, s); err != nil {
 		return nil, err
 	}
-	return o, p.openBlob(o, s.ref.registry, s, log)
+	return o, p.openBlobs(o, s.ref.registry, s, log)
 }
 
-// openBlob opens o.layer, which may come from a manifest or from a record.
-func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
-	blob, err := o.client.Blob(ref, o.layer.Descriptor)
+// chooseLayers sets the layers of the resolved image that s means.
+func (o *opened) chooseLayers(ctx context.Context, s *sourceOptions) error {
+	chosen, err := o.client.ErofsLayers(ctx, o.image, s.selector)
+	if err == nil && s.oneLayer {
+		_, err = o.image.OneLayer(chosen)
+	}
 	if err != nil {
 		return err
 	}
+	for _, l := range chosen {
+		o.layers = append(o.layers, openedLayer{Layer: l})
+	}
+	return nil
+}
+
+// openBlobs opens the blobs of o.layers. It asks the registry for nothing.
+func (p *program) openBlobs(o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
 	dir, err := p.cacheDir(s.cacheDir, os.Geteuid())
 	if err != nil {
 		return err
@@ -246,15 +274,31 @@ func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, 
 	if o.cache, err = blobcache.New(dir, blobcache.Options{Logger: log}); err != nil {
 		return err
 	}
-	o.id = o.layer.Digest.String()
-	o.blob, err = o.cache.Open(o.id, blob.Size(), blob)
-	return err
+	var digests []digest.Digest
+	for i := range o.layers {
+		l := &o.layers[i]
+		blob, err := o.client.Blob(ref, l.Descriptor)
+		if err != nil {
+			return err
+		}
+		if l.blob, err = o.cache.Open(l.Digest.String(), blob.Size(), blob); err != nil {
+			return err
+		}
+		digests = append(digests, l.Digest)
+	}
+	o.id = identity.ChainID(digests).String()
+	return nil
 }
 
 // volume is what was opened, for a backend.
 func (o *opened) volume() backend.Volume {
-	if o.blob != nil {
-		return backend.Volume{Primary: o.blob}
+	if len(o.layers) > 0 {
+		top := len(o.layers) - 1
+		v := o.layers[top].volume()
+		for i := range top {
+			v.Below = append(v.Below, o.layers[top-1-i].volume())
+		}
+		return v
 	}
 	v := backend.Volume{Primary: o.primary}
 	for _, f := range o.files[1:] {
@@ -263,12 +307,20 @@ func (o *opened) volume() backend.Volume {
 	return v
 }
 
+func (l *openedLayer) volume() backend.Volume { return backend.Volume{Primary: l.blob, Name: l.name()} }
+
 // record notes what another server needs to open the same.
 func (o *opened) record(rec *backend.Record) {
-	rec.Size = o.volume().Primary.Size()
-	if o.blob != nil {
+	if len(o.layers) > 0 {
 		rec.Manifest, rec.Digest = o.image.Digest.String(), o.id
 	}
+	if len(o.layers) > 1 {
+		for _, l := range o.layers {
+			rec.Layers = append(rec.Layers, backend.LayerState{Digest: l.Digest.String(), Size: l.Size})
+		}
+		return
+	}
+	rec.Size = o.volume().Primary.Size()
 	for _, f := range o.files {
 		rec.Files = append(rec.Files, f.State())
 	}
@@ -276,12 +328,7 @@ func (o *opened) record(rec *backend.Record) {
 
 // openErofs opens the image in what was opened.
 func (o *opened) openErofs(ctx context.Context, memory int64) (*erofsfmt.Image, error) {
-	v := o.volume()
-	devices := make([]erofsfmt.ReaderAt, len(v.Devices))
-	for i, d := range v.Devices {
-		devices[i] = d
-	}
-	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices, CacheBytes: memory})
+	im, err := fusefs.OpenImage(ctx, o.volume(), erofsfmt.Options{CacheBytes: memory})
 	if err != nil {
 		return nil, err
 	}
@@ -299,12 +346,13 @@ type openedImage struct {
 }
 
 // openImage opens the image that ref names, for a command with the imageFlags.
-// Errors of Image are to be passed through explain.
-func (p *program) openImage(c *cli.Context, ref string, log *slog.Logger) (*openedImage, error) {
+// oneLayer is as in sourceOptions. Errors of Image are to be passed through explain.
+func (p *program) openImage(c *cli.Context, ref string, oneLayer bool, log *slog.Logger) (*openedImage, error) {
 	s, err := p.readSourceOptions(c, ref, log)
 	if err != nil {
 		return nil, err
 	}
+	s.oneLayer = oneLayer
 	o, err := p.open(c.Context, s, log)
 	if err != nil {
 		return nil, err
@@ -324,12 +372,12 @@ func (o *opened) explain(err error) error {
 	if !errors.Is(err, erofsfmt.ErrNotErofs) {
 		return err
 	}
-	what := "blob " + o.layer.Digest.String()
-	if o.layer.Index >= 0 {
-		what = fmt.Sprintf("layer %d", o.layer.Index)
+	if len(o.layers) > 1 {
+		return fmt.Errorf("%s: the image cannot be mounted: %w", o.image.Reference, err)
 	}
-	if o.layer.MediaType != "" {
-		what += " is " + o.layer.MediaType + " and"
+	what := o.layers[0].name()
+	if o.layers[0].MediaType != "" {
+		what += " is " + o.layers[0].MediaType + " and"
 	}
 	return fmt.Errorf("%s: %s cannot be mounted: %w", o.image.Reference, what, err)
 }
@@ -337,8 +385,10 @@ func (o *opened) explain(err error) error {
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
 	var errs []error
-	if o.blob != nil {
-		errs = append(errs, o.blob.Close())
+	for _, l := range o.layers {
+		if l.blob != nil {
+			errs = append(errs, l.blob.Close())
+		}
 	}
 	if o.cache != nil {
 		errs = append(errs, o.cache.Close())

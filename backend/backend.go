@@ -19,6 +19,7 @@ package backend
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 )
 
@@ -30,10 +31,31 @@ type Source interface {
 	Size() int64
 }
 
-// Volume is what is mounted: an image, and the extra devices of its device table.
+// Volume is what is mounted: an image, and the extra devices of its device table;
+// and the volumes that it is laid over, if it is the topmost of several.
 type Volume struct {
 	Primary Source
 	Devices []Source
+	// Below are the lower layers, the lowest last; each has none itself.
+	Below []Volume
+	// Name is what errors call one of several layers; "layer N", counted from the
+	// lowest, if empty.
+	Name string
+}
+
+// Layers are the volume and those below it, each by itself, the topmost first.
+func (v Volume) Layers() []Volume {
+	below := v.Below
+	v.Below = nil
+	return append([]Volume{v}, below...)
+}
+
+// OneLayer is an error where a volume has others below it.
+func (v Volume) OneLayer() error {
+	if len(v.Below) == 0 {
+		return nil
+	}
+	return fmt.Errorf("this way of mounting takes one layer, and there are %d", 1+len(v.Below))
 }
 
 // Options are what a user may say of a mount. The zero value mounts read-only

@@ -283,9 +283,9 @@ func (h *host) allowOther() []Finding {
 }
 
 func (h *host) overlay() Finding {
-	f := Finding{For: byPreference(), Status: OK, What: "overlayfs, for --overlay and --tmpfs-overlay"}
+	f := Finding{For: byPreference(), Status: OK, What: "overlayfs, for --overlay and --tmpfs-overlay, and for images of several layers with nbd and file"}
 	if !h.has("overlay") && !h.loadable("overlay") {
-		f.Status, f.What = Warning, "overlayfs is not to be found: no --overlay and --tmpfs-overlay"
+		f.Status, f.What = Warning, "overlayfs is not to be found: no --overlay and --tmpfs-overlay, and images of several layers with fuse only"
 		f.Do = "modprobe overlay"
 	}
 	return f

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,15 +19,16 @@ import (
 // OverlayType is the type under which /proc/mounts shows a writable mount.
 const OverlayType = "overlay"
 
-// Overlay makes the mounts of another backend writable, with the kernel's
-// overlayfs:
+// Overlay makes the mounts of another backend writable, and lays several of them over
+// each other, with the kernel's overlayfs:
 //
 //	target               overlay, the only mount that stays to be seen
 //	 ├ upper, work       in the directory Upper, or on a tmpfs of its own
-//	 └ lower             what Inner mounts
+//	 ├ lower 0           what Inner mounts: the topmost layer
+//	 ├ lower 1 …         the others
 //
-// Inner, and the tmpfs, are mounted on hidden directories for as long as it takes
-// to mount the overlay. That holds their file systems from then on, without a
+// What Inner mounts, and the tmpfs, are mounted on hidden directories for as long as it
+// takes to mount the overlay. That holds their file systems from then on, without a
 // directory, so that whoever unmounts target, by umount(8) or otherwise, ends
 // everything.
 //
@@ -40,6 +42,10 @@ const OverlayType = "overlay"
 // own.
 type Overlay struct {
 	Inner Backend
+	// Each is for an Inner that mounts one layer only: it is given each layer of a
+	// volume by itself. The mount is read-only then if neither Upper nor Tmpfs is
+	// set.
+	Each bool
 	// Upper is the directory that keeps what is written, also for the next
 	// mount; it is made if only its parent is there. See upperDir for what is in
 	// it. It cannot be on an overlay or on a network's file system.
@@ -54,19 +60,40 @@ type Overlay struct {
 	Hidden string
 }
 
+// maxLayers is how many layers the kernel takes (fs/overlayfs/params.h OVL_MAX_STACK).
+const maxLayers = 500
+
+// check says what makes no sense, and returns what Inner is given.
+func (o Overlay) check(v Volume) ([]Volume, error) {
+	if o.Tmpfs && o.Upper != "" || !o.writable() && !o.Each {
+		return nil, errors.New("overlay: what is written is kept either in a directory or in memory")
+	}
+	layers := []Volume{v}
+	if o.Each {
+		layers = v.Layers()
+	}
+	if n := len(layers); n > maxLayers {
+		return nil, fmt.Errorf("%d layers: the kernel's overlayfs takes %d at most; --backend=fuse does not use it", n, maxLayers)
+	}
+	return layers, nil
+}
+
+func (o Overlay) writable() bool { return o.Tmpfs || o.Upper != "" }
+
 // Mount mounts v by Inner and the overlay on target. It leaves nothing if it fails.
 func (o Overlay) Mount(ctx context.Context, v Volume, target string, opts Options) (Mount, error) {
-	if o.Tmpfs == (o.Upper != "") {
-		return nil, errors.New("overlay: what is written is kept either in a directory or in memory")
+	layers, err := o.check(v)
+	if err != nil {
+		return nil, err
 	}
 	upper, err := o.lock()
 	if err != nil {
 		return nil, err
 	}
 	m := newOverlayMount(target, upper, opts.Log)
-	s, err := o.stage(opts.Name)
+	s, err := o.stage(opts.Name, len(layers))
 	if err == nil {
-		err = o.mountStaged(ctx, m, s, v, opts)
+		err = o.mountStaged(ctx, m, s, layers, opts)
 	}
 	switch closeErr := s.close(); {
 	case err != nil:
@@ -77,48 +104,79 @@ func (o Overlay) Mount(ctx context.Context, v Volume, target string, opts Option
 	return m, nil
 }
 
-// lock is nil where memory keeps what is written.
+// lock is nil where no directory keeps what is written.
 func (o Overlay) lock() (*upperDir, error) {
-	if o.Tmpfs {
+	if o.Upper == "" {
 		return nil, nil
 	}
 	return lockUpper(o.Upper, o.Image)
 }
 
-func (o Overlay) mountStaged(ctx context.Context, m *overlayMount, s *staging, v Volume, opts Options) error {
-	inner, err := o.Inner.Mount(ctx, v, s.lower, opts)
-	if err != nil {
-		return err
+func (o Overlay) mountStaged(ctx context.Context, m *overlayMount, s *staging, layers []Volume, opts Options) error {
+	err := o.mountLayers(ctx, m, s, layers, opts)
+	if err == nil {
+		err = m.cover(ctx, o, s, opts)
 	}
-	m.inner = inner
-	err = m.cover(ctx, s, opts)
-	// Taken away from the hidden directory it lives on in the overlay, or ends.
-	unmountErr := inner.Unmount()
+	// Taken away from the hidden directories they live on in the overlay, or end.
+	unmountErr := m.unmountLayers()
 	if err == nil && unmountErr != nil {
 		err = Detach(m.target, m.device, true)
 	}
 	if unmountErr != nil {
-		return errors.Join(err, unmountErr) // it would not end
+		return errors.Join(err, unmountErr) // they would not end
 	}
 	if err != nil {
-		return errors.Join(err, inner.Wait())
+		return errors.Join(err, m.waitLayers())
 	}
 	return nil
 }
 
+// mountLayers mounts each layer on its hidden directory.
+func (o Overlay) mountLayers(ctx context.Context, m *overlayMount, s *staging, layers []Volume, opts Options) error {
+	for i, v := range layers {
+		inner, err := o.Inner.Mount(ctx, v, s.lower[i], opts)
+		if err != nil && len(layers) > 1 {
+			err = fmt.Errorf("%s: %w", cmp.Or(v.Name, fmt.Sprintf("layer %d", len(layers)-1-i)), err)
+		}
+		if err != nil {
+			return err
+		}
+		m.inner = append(m.inner, inner)
+	}
+	return nil
+}
+
+func (m *overlayMount) unmountLayers() error {
+	var errs []error
+	for _, inner := range m.inner {
+		errs = append(errs, inner.Unmount())
+	}
+	return errors.Join(errs...)
+}
+
+func (m *overlayMount) waitLayers() error {
+	var errs []error
+	for _, inner := range m.inner {
+		errs = append(errs, inner.Wait())
+	}
+	return errors.Join(errs...)
+}
+
 // cover mounts the overlay over what is staged.
-func (m *overlayMount) cover(ctx context.Context, s *staging, opts Options) error {
+func (m *overlayMount) cover(ctx context.Context, o Overlay, s *staging, opts Options) error {
 	upper := m.upper
-	if upper == nil {
+	if o.Tmpfs {
 		upper = &upperDir{dir: s.memory}
 	}
 	// What is below may be served by this process.
 	var hidden []error
 	err := Apart(func() (err error) {
-		if hidden, err = upper.prepare(s.lower); err != nil {
-			return err
+		if upper != nil {
+			if hidden, err = upper.prepare(s.lower[0]); err != nil {
+				return err
+			}
 		}
-		return upper.mount(s.lower, m.target, opts)
+		return s.mount(upper, m.target, opts)
 	})
 	for _, reason := range hidden {
 		m.log.Warn("an attribute of the image's root directory is not to be seen in the writable mount", "err", reason)
@@ -136,8 +194,8 @@ func (m *overlayMount) cover(ctx context.Context, s *staging, opts Options) erro
 }
 
 // Resume is the Mount of a device on target that another process mounted, and of
-// which this process has taken over what is below: inner.
-func (o Overlay) Resume(inner Mount, target string, device Device, log *slog.Logger) (Mount, error) {
+// which this process has taken over what is below: inner, the topmost layer first.
+func (o Overlay) Resume(inner []Mount, target string, device Device, log *slog.Logger) (Mount, error) {
 	upper, err := o.lock()
 	if err != nil {
 		return nil, err
@@ -149,11 +207,11 @@ func (o Overlay) Resume(inner Mount, target string, device Device, log *slog.Log
 
 // overlayMount is a mounted overlay and what it holds.
 type overlayMount struct {
-	inner   Mount
+	inner   []Mount // of the layers, the topmost first
 	target  string
 	device  Device
 	log     *slog.Logger
-	upper   *upperDir    // nil where memory keeps what is written
+	upper   *upperDir    // nil where no directory keeps what is written
 	release func() error // lets go of upper, once
 }
 
@@ -164,14 +222,14 @@ func newOverlayMount(target string, upper *upperDir, log *slog.Logger) *overlayM
 	return &overlayMount{target: target, log: log, upper: upper, release: sync.OnceValue(upper.close)}
 }
 
-// Inner is the mount below the overlay. It has no directory.
-func (m *overlayMount) Inner() Mount { return m.inner }
+// Inner are the mounts below the overlay, the topmost first. They have no directory.
+func (m *overlayMount) Inner() []Mount { return m.inner }
 
 func (m *overlayMount) Device() Device { return m.device }
 
 // Wait waits for what is below: that ends after the overlay.
 func (m *overlayMount) Wait() error {
-	return errors.Join(m.inner.Wait(), Gone(m.target, m.device), m.release())
+	return errors.Join(m.waitLayers(), Gone(m.target, m.device), m.release())
 }
 
 func (m *overlayMount) Unmount() error {
@@ -187,12 +245,15 @@ func (m *overlayMount) Unmount() error {
 // directories in one that nobody else can enter.
 type staging struct {
 	dir    string
-	lower  string // for Inner
-	memory string // a tmpfs, or "" where there is none
+	lower  []string // for Inner, called by their number in dir
+	memory string   // a tmpfs, or "" where there is none
 }
 
+// memoryName is that of staging.memory in staging.dir.
+const memoryName = "memory"
+
 // stage always returns what is to be closed.
-func (o Overlay) stage(name string) (*staging, error) {
+func (o Overlay) stage(name string, layers int) (*staging, error) {
 	s := &staging{}
 	dir, err := os.MkdirTemp(o.Hidden, "erofs-oci-overlay-")
 	if err != nil {
@@ -204,19 +265,23 @@ func (o Overlay) stage(name string) (*staging, error) {
 	if err != nil {
 		return s, err
 	}
-	s.dir, s.lower = real, filepath.Join(real, "lower")
-	if err := os.Mkdir(s.lower, 0o700); err != nil {
-		return s, err
+	s.dir = real
+	for i := range layers {
+		lower := filepath.Join(real, strconv.Itoa(i))
+		if err := os.Mkdir(lower, 0o700); err != nil {
+			return s, err
+		}
+		s.lower = append(s.lower, lower)
 	}
-	if !o.Tmpfs {
+	if !o.Tmpfs && (o.Upper != "" || layers > 1) {
 		return s, nil
 	}
-	memory := filepath.Join(real, "memory")
+	memory := filepath.Join(real, memoryName)
 	if err := os.Mkdir(memory, 0o700); err != nil {
 		return s, err
 	}
 	if err := unix.Mount(name, memory, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700"); err != nil {
-		return s, errors.Join(fmt.Errorf("mount a tmpfs for the overlay: %w%s", err, overlayAdvice(err)), os.Remove(memory))
+		return s, errors.Join(fmt.Errorf("mount a tmpfs for the overlay: %w%s", err, overlayAdvice(err, true)), os.Remove(memory))
 	}
 	s.memory = memory
 	return s, nil
@@ -230,7 +295,7 @@ func (s *staging) close() error {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", s.memory, err))
 		}
 	}
-	for _, dir := range []string{s.lower, s.memory, s.dir} {
+	for _, dir := range append(s.lower, s.memory, s.dir) {
 		if dir == "" {
 			continue
 		}
@@ -241,18 +306,46 @@ func (s *staging) close() error {
 	return errors.Join(errs...)
 }
 
-// mount mounts the overlay of upper over lower.
-func (u *upperDir) mount(lower, target string, opts Options) error {
+// mount mounts the overlay of upper, which may be nil, over what is staged. It changes
+// the working directory of its thread, which is to be one of Apart.
+//
+// mount(2) takes a page of options, and there may be hundreds of layers: they are
+// named by their numbers in the working directory.
+func (s *staging) mount(upper *upperDir, target string, opts Options) error {
+	if err := errors.Join(unix.Unshare(unix.CLONE_FS), unix.Chdir(s.dir)); err != nil {
+		return fmt.Errorf("enter %s: %w", s.dir, err)
+	}
+	var lower []string
+	for i := range s.lower {
+		lower = append(lower, strconv.Itoa(i))
+	}
+	if upper != nil {
+		return upper.mount(lower, target, opts)
+	}
+	if len(lower) == 1 {
+		lower = append(lower, memoryName) // one alone is no overlay; nothing is in it
+	}
+	// What layers say of each other in attributes, other than what they hide, is
+	// not followed: it is EPERM. They need not come from one hand.
+	words := "redirect_dir=nofollow,metacopy=off,lowerdir=" + strings.Join(lower, ":")
+	err := unix.Mount(opts.Name, target, OverlayType, opts.Flags.Flags|unix.MS_RDONLY, words)
+	if err != nil {
+		return fmt.Errorf("mount %d layers over each other on %s: %w%s", len(s.lower), target, err, overlayAdvice(err, false))
+	}
+	return nil
+}
+
+// mount mounts the overlay of upper over lower, the names of directories in the
+// working directory.
+func (u *upperDir) mount(lower []string, target string, opts Options) error {
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
 			f.Close()
 		}
 	}()
-	var words []string
-	for _, part := range []struct{ name, dir string }{
-		{"lowerdir", lower}, {"upperdir", u.changes()}, {"workdir", u.work()},
-	} {
+	words := []string{"lowerdir=" + strings.Join(lower, ":")}
+	for _, part := range []struct{ name, dir string }{{"upperdir", u.changes()}, {"workdir", u.work()}} {
 		value := part.dir
 		if !plainPath(value) {
 			// A path of plain characters that leads to the same directory; of
@@ -275,14 +368,14 @@ func (u *upperDir) mount(lower, target string, opts Options) error {
 		words = append(words, "userxattr")
 	}
 	if err := unix.Mount(opts.Name, target, OverlayType, opts.Flags.Flags, strings.Join(words, ",")); err != nil {
-		return fmt.Errorf("mount an overlay on %s, with what is written kept in %s: %w%s", target, u.dir, err, overlayAdvice(err))
+		return fmt.Errorf("mount an overlay on %s, with what is written kept in %s: %w%s", target, u.dir, err, overlayAdvice(err, true))
 	}
 	return nil
 }
 
-// maxPlainPath keeps three paths and their names within the page that mount(2)
-// takes.
-const maxPlainPath = 1000
+// maxPlainPath keeps two paths, the numbers of maxLayers layers and all their names
+// within the page that mount(2) takes.
+const maxPlainPath = 900
 
 // plainPath tells whether a path can be said in an option of overlayfs as it is.
 // What separates options and layers can be escaped, but not in the same way for
@@ -293,12 +386,18 @@ func plainPath(path string) bool {
 
 // overlayAdvice says what an errno of mount(2) means here. The kernel gives its
 // reason in its log only.
-func overlayAdvice(err error) string {
+func overlayAdvice(err error, writable bool) string {
 	switch {
+	case !writable && errors.Is(err, unix.ENODEV):
+		return ": this kernel has no overlayfs; load the module (modprobe overlay), or mount with --backend=fuse, which needs none"
 	case errors.Is(err, unix.ENODEV):
 		return ": this kernel has no overlayfs; load the module (modprobe overlay)"
+	case !writable && errors.Is(err, unix.EPERM):
+		return ": it takes root"
 	case errors.Is(err, unix.EPERM):
 		return ": a writable mount takes root, or a user namespace of your own (unshare -Urm) and Linux 5.11"
+	case !writable && errors.Is(err, unix.EINVAL):
+		return " (dmesg has the reason)"
 	case errors.Is(err, unix.EINVAL):
 		return ": the directory's file system cannot keep what is written to an overlay; one on ext4, xfs, btrfs or tmpfs can (dmesg has the reason)"
 	}

@@ -306,7 +306,7 @@ func TestOverlayLocked(t *testing.T) {
 	b, other := newBench(t), newBench(t)
 	o := backend.Overlay{Upper: b.upper, Inner: fusefs.Backend{}}
 	m := b.mount("plain", o)
-	inner := m.(interface{ Inner() backend.Mount }).Inner()
+	inner := m.(interface{ Inner() []backend.Mount }).Inner()
 	if _, err := other.try("plain", o); err == nil || !strings.Contains(err.Error(), "another mount keeps in "+b.upper) {
 		t.Errorf("a second mount of an upper directory: %v", err)
 	}
@@ -315,7 +315,7 @@ func TestOverlayLocked(t *testing.T) {
 	}
 	b.umount(m)
 	m = b.mount("plain", backend.Overlay{Tmpfs: true})
-	inner = m.(interface{ Inner() backend.Mount }).Inner()
+	inner = m.(interface{ Inner() []backend.Mount }).Inner()
 	resumed, err := o.Resume(inner, b.target, m.Device(), nil)
 	must(t, err)
 	if _, err := other.try("plain", o); err == nil {

@@ -31,13 +31,20 @@ type Record struct {
 	Log       string    `json:"log,omitempty"`
 
 	// What another server needs to take the mount over.
-	Size   int64           `json:"size,omitempty"` // of the blob
+	Size   int64           `json:"size,omitempty"`   // of the blob
+	Layers []LayerState    `json:"layers,omitempty"` // in place of a blob: several, the lowest first; Digest is their chain id
 	Access Access          `json:"access"`
 	Files  []FileState     `json:"files,omitempty"` // in place of a blob: the image and its devices
-	NBD    json.RawMessage `json:"nbd,omitempty"`   // the devices, as package nbdserve describes them
+	NBD    json.RawMessage `json:"nbd,omitempty"`   // the devices, as package nbdserve describes them; of several layers one of each, the topmost first
 
 	Overlay      string `json:"overlay,omitempty"` // where what is written goes
 	TmpfsOverlay bool   `json:"tmpfs_overlay,omitempty"`
+}
+
+// LayerState is the blob of one of several layers.
+type LayerState struct {
+	Digest string `json:"digest"`
+	Size   int64  `json:"size"`
 }
 
 // Access is how the blob of a mount is reached, but for what is secret.

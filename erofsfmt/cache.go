@@ -8,9 +8,10 @@ import (
 
 // A cacheKey is where bytes were made from: a metadata page or a pcluster.
 type cacheKey struct {
-	at   place
-	plen int64 // encoded bytes
-	alg  uint8
+	at    place
+	plen  int64  // encoded bytes
+	layer uint16 // as in Image
+	alg   uint8
 }
 
 // A cache remembers byte slices up to a limit and forgets the least recently

@@ -168,6 +168,9 @@ func (d *Decoded) Release() { d.b.release() }
 // have it released. It may be called by several goroutines, before
 // ReadFileSurplus returns.
 func (im *Image) ReadFileSurplus(ctx context.Context, ino *Inode, p []byte, off int64, surplus func(*Decoded)) error {
+	if im.union != nil {
+		return im.union.readFile(ctx, ino, p, off, surplus)
+	}
 	switch ino.Mode & modeType {
 	case modeReg, modeDir, modeLnk:
 	default:
@@ -243,7 +246,9 @@ func (pc *piece) want() int64 {
 
 func (pc *piece) whole() bool { return pc.skip == 0 && int64(len(pc.dst)) == pc.llen }
 
-func (pc *piece) key() cacheKey { return cacheKey{at: pc.at, plen: pc.plen, alg: pc.alg + 1} }
+func (im *Image) key(pc *piece) cacheKey {
+	return cacheKey{at: pc.at, plen: pc.plen, layer: im.layer, alg: pc.alg + 1}
+}
 
 // addStored has dst read from a place. Its memory follows that of the call before.
 func (m *mapper) addStored(ctx context.Context, at place, dst []byte) error {
@@ -272,7 +277,7 @@ func (m *mapper) flushStored(ctx context.Context) error {
 // addEncoded has a piece decoded, or copies it if it is remembered.
 func (m *mapper) addEncoded(ctx context.Context, pc piece) error {
 	g := &m.g
-	b, coming := m.im.pclusters.look(pc.key(), pc.want())
+	b, coming := m.im.pclusters.look(m.im.key(&pc), pc.want())
 	if b != nil {
 		copy(pc.dst, b.data[pc.skip:])
 		b.release()
@@ -304,7 +309,7 @@ func (m *mapper) finishEncoded(ctx context.Context) error {
 	for n := len(g.coming); n > 0; n = len(g.coming) {
 		pc := g.coming[n-1]
 		g.coming = g.coming[:n-1]
-		if err := m.im.pclusters.wait(ctx, pc.key()); err != nil {
+		if err := m.im.pclusters.wait(ctx, m.im.key(&pc)); err != nil {
 			return err
 		}
 		if err := m.addEncoded(ctx, pc); err != nil {
@@ -418,7 +423,7 @@ func (im *Image) decodePiece(ctx context.Context, pc *piece, in []byte) error {
 // at it, and copies what is wanted of it.
 func (im *Image) remember(ctx context.Context, pc *piece, decode func(out []byte) error) error {
 	made := false
-	b, err := im.pclusters.fill(ctx, pc.key(), pc.llen, func() (*block, error) {
+	b, err := im.pclusters.fill(ctx, im.key(pc), pc.llen, func() (*block, error) {
 		b := newBlock(im.buffers, pc.llen)
 		made = true
 		return b, decode(b.data)
@@ -439,6 +444,10 @@ func (im *Image) remember(ctx context.Context, pc *piece, decode func(out []byte
 // it, as far as the file goes. It is for who foresees a read and does not wait for
 // it. LZ4 is left to the read, since decoding it takes no longer than copying.
 func (im *Image) Prefetch(ctx context.Context, ino *Inode, off, n int64) error {
+	if im.union != nil {
+		l, inner := im.union.inLayer(ino)
+		return im.union.located(l, l.Prefetch(ctx, &inner, off, n))
+	}
 	if ino.Mode&modeType != modeReg || off < 0 || off >= ino.Size {
 		return nil
 	}

@@ -128,6 +128,9 @@ func (r *dirReader) block(ctx context.Context, blk int64) (dirBlock, error) {
 // names, then the entry, both by halving (fs/erofs/namei.c erofs_namei). The
 // error is fs.ErrNotExist if there is no such name.
 func (im *Image) Lookup(ctx context.Context, dir *Inode, name string) (Nid, error) {
+	if im.union != nil {
+		return im.union.lookup(ctx, dir, name)
+	}
 	r, err := im.newDirReader(dir)
 	if err != nil {
 		return 0, err
@@ -210,6 +213,9 @@ func (b dirBlock) find(name []byte) (Nid, error) {
 // A position is a byte of the directory, so it is valid as long as the image is,
 // and nothing is kept for it (fs/erofs/dir.c erofs_readdir).
 func (im *Image) ReadDir(ctx context.Context, dir *Inode, pos int64, fn func(Dirent) bool) error {
+	if im.union != nil {
+		return im.union.readDir(ctx, dir, pos, fn)
+	}
 	r, err := im.newDirReader(dir)
 	if err != nil {
 		return err
@@ -262,6 +268,11 @@ const maxLink = 4095
 
 // Readlink returns the target of a symbolic link.
 func (im *Image) Readlink(ctx context.Context, ino *Inode) (string, error) {
+	if im.union != nil {
+		l, inner := im.union.inLayer(ino)
+		target, err := l.Readlink(ctx, &inner)
+		return target, im.union.located(l, err)
+	}
 	if ino.Mode&modeType != modeLnk {
 		return "", fmt.Errorf("erofs: nid %d is not a symbolic link: mode %#o", uint64(ino.Nid), ino.Mode)
 	}

@@ -52,6 +52,12 @@
 // extents: what is contiguous on the source is read at once; stored bytes and
 // whole extents land in the caller's buffer without a copy.
 //
+// # Several images
+//
+// OpenLayers opens images that lie over each other, as the layers of a container image
+// do, and shows them as one Image, by the rules of overlayfs. A nid has the number of
+// its layer in front then, and it is still true that nothing is kept for a file.
+//
 // # What is supported
 //
 //	block sizes         512 B to 64 KiB, whatever the host's page size

@@ -25,6 +25,9 @@ var layoutNames = [...]string{ondisk.LayoutPlain: "plain", ondisk.LayoutCompress
 
 // Stored says how an inode is stored.
 func (im *Image) Stored(ctx context.Context, ino *Inode) (Stored, error) {
+	if im.union != nil {
+		return Stored{}, errOneImage
+	}
 	at := im.locate(ino.Nid)
 	s := Stored{
 		Off: at.off, In: at.in(), Size: int(ino.headSize), Xattrs: int(ino.xattrSize),
@@ -92,6 +95,9 @@ type Extent struct {
 // Extents calls fn with the extents of a file, in order, until it returns false.
 // Holes, and stored bytes that lie side by side, are joined.
 func (im *Image) Extents(ctx context.Context, ino *Inode, fn func(Extent) bool) error {
+	if im.union != nil {
+		return errOneImage
+	}
 	if !ino.hasData() {
 		return nil
 	}
@@ -140,6 +146,9 @@ func (e *extent) public() Extent {
 
 // XattrPrefixes are the image's own long prefixes of xattr names, in order.
 func (im *Image) XattrPrefixes(ctx context.Context) ([]string, error) {
+	if im.union != nil {
+		return nil, errOneImage
+	}
 	prefixes, err := im.longPrefixes(ctx)
 	var names []string
 	for _, p := range prefixes {

@@ -32,24 +32,49 @@ type Options struct {
 	CacheBytes int64
 }
 
-// An Image is an open EROFS image. Its methods may be called in parallel. It
-// remembers no more than Options.CacheBytes and has nothing to close.
+// An Image is an open EROFS image, or several, laid one over the other (see
+// OpenLayers). Its methods may be called in parallel. It remembers no more than
+// Options.CacheBytes and has nothing to close.
 type Image struct {
-	sources   []ReaderAt // the image, then its devices
-	sb        Superblock
-	decoders  [ondisk.AlgCount]decompressor // nil where the image has no such algorithm
-	pages     *cache                        // of metadata
-	pclusters *cache                        // decoded
-	buffers   *bufferPool
-	mappers   sync.Pool     // of *mapper
-	helpers   chan struct{} // full when as many goroutines as processors decode
+	sources  []ReaderAt // the image, then its devices
+	sb       Superblock
+	decoders [ondisk.AlgCount]decompressor // nil where the image has no such algorithm
+	shared
+	layer   uint16    // the number of this one among those that share
+	union   *union    // of several images: then nothing else here is set but sb
+	mappers sync.Pool // of *mapper
 
 	packed   atomic.Pointer[Inode] // set when first needed
 	metabox  atomic.Pointer[Inode]
 	prefixes atomic.Pointer[[]xattrPrefix]
 }
 
+// shared is what the layers of a union have together.
+type shared struct {
+	pages     *cache // of metadata
+	pclusters *cache // decoded
+	buffers   *bufferPool
+	helpers   chan struct{} // full when as many goroutines as processors decode
+}
+
 const defaultCacheBytes = 64 << 20
+
+func newShared(limit int64) shared {
+	return shared{
+		pages:     newCache(limit / 4),
+		pclusters: newCache(limit - limit/4),
+		buffers:   &bufferPool{},
+		helpers:   make(chan struct{}, runtime.GOMAXPROCS(0)-1),
+	}
+}
+
+// cacheBytes is CacheBytes, with what 0 stands for.
+func (o *Options) cacheBytes() int64 {
+	if o.CacheBytes == 0 {
+		return defaultCacheBytes
+	}
+	return o.CacheBytes
+}
 
 // Open opens the image in src.
 func Open(ctx context.Context, src ReaderAt) (*Image, error) {
@@ -58,25 +83,18 @@ func Open(ctx context.Context, src ReaderAt) (*Image, error) {
 
 // OpenWith opens the image in src. It reads the superblock and the root inode.
 func OpenWith(ctx context.Context, src ReaderAt, o Options) (*Image, error) {
+	return openImage(ctx, src, o.Devices, newShared(o.cacheBytes()), 0)
+}
+
+func openImage(ctx context.Context, src ReaderAt, devices []ReaderAt, with shared, layer uint16) (*Image, error) {
 	sb, err := readSuper(ctx, src)
 	if err != nil {
 		return nil, err
 	}
-	if n := len(o.Devices); n != 0 && n != len(sb.Devices) {
+	if n := len(devices); n != 0 && n != len(sb.Devices) {
 		return nil, fmt.Errorf("erofs: %d extra devices given, the image has %d: give all of them or none", n, len(sb.Devices))
 	}
-	limit := o.CacheBytes
-	if limit == 0 {
-		limit = defaultCacheBytes
-	}
-	im := &Image{
-		sources:   append([]ReaderAt{src}, o.Devices...),
-		sb:        sb,
-		pages:     newCache(limit / 4),
-		pclusters: newCache(limit - limit/4),
-		buffers:   &bufferPool{},
-		helpers:   make(chan struct{}, runtime.GOMAXPROCS(0)-1),
-	}
+	im := &Image{sources: append([]ReaderAt{src}, devices...), sb: sb, shared: with, layer: layer}
 	if im.decoders, err = newDecompressors(&im.sb, im.buffers); err != nil {
 		return nil, err
 	}

@@ -58,6 +58,9 @@ func (ino *Inode) Minor() uint32 { return ino.Rdev&0xff | ino.Rdev>>12&0xfff00 }
 // number with the metabox bit at 31, so that small ones stay small
 // (fs/erofs/internal.h erofs_nid_to_ino64).
 func (im *Image) Ino(nid Nid) uint64 {
+	if im.union != nil {
+		return im.union.ino(nid)
+	}
 	n := uint64(nid)
 	if !im.sb.incompat(ondisk.IncompatMetabox) {
 		return n
@@ -91,6 +94,9 @@ func (im *Image) bodyAt(ino *Inode, align int64) place {
 
 // Inode reads an inode.
 func (im *Image) Inode(ctx context.Context, nid Nid) (Inode, error) {
+	if im.union != nil {
+		return im.union.inode(ctx, nid)
+	}
 	ino, err := im.readInode(ctx, nid)
 	if err != nil {
 		return Inode{}, fmt.Errorf("nid %d: %w", uint64(nid), err)

@@ -59,7 +59,7 @@ func (m *metaReader) load(ctx context.Context, at place) error {
 		return &FormatError{Off: at.off, What: fmt.Sprintf("metadata past the end, which is at %d", size), Err: io.ErrUnexpectedEOF}
 	}
 	base := at.off &^ (pageSize - 1)
-	key := cacheKey{at: place{at.src, base}}
+	key := cacheKey{at: place{at.src, base}, layer: m.im.layer}
 	page, ok := m.im.pages.get(key, 1)
 	if !ok {
 		page, err = m.im.pages.fill(ctx, key, 1, func() (*block, error) {

@@ -62,6 +62,9 @@ func (x *xattr) is(base uint8, rest string) bool {
 // Xattrs lists the names of an inode's extended attributes in the kernel's
 // order. Whether a caller may see those of "trusted." is for it to decide.
 func (im *Image) Xattrs(ctx context.Context, ino *Inode) ([]string, error) {
+	if im.union != nil {
+		return im.union.xattrs(ctx, ino)
+	}
 	var names []string
 	err := im.eachXattr(ctx, ino, func(x *xattr) bool {
 		names = append(names, x.name())
@@ -76,6 +79,9 @@ func (im *Image) Xattrs(ctx context.Context, ino *Inode) ([]string, error) {
 // Xattr returns the value of an extended attribute; the error is ErrNoXattr if
 // the inode has none of that name.
 func (im *Image) Xattr(ctx context.Context, ino *Inode, name string) ([]byte, error) {
+	if im.union != nil {
+		return im.union.xattr(ctx, ino, name)
+	}
 	base, rest, ok := splitXattrName(name)
 	if !ok || !ino.HasXattrs() {
 		return nil, ErrNoXattr

@@ -46,14 +46,23 @@ func (b Backend) maxRead() int {
 	return maxRead
 }
 
-// Mount opens the image in v and mounts it on target: by mount(2) where that is
-// allowed, else by the fusermount3 helper.
-func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
-	devices := make([]erofsfmt.ReaderAt, len(v.Devices))
-	for i, d := range v.Devices {
-		devices[i] = d
+// OpenImage opens the image in a volume, or those in its layers as one.
+func OpenImage(ctx context.Context, v backend.Volume, o erofsfmt.Options) (*erofsfmt.Image, error) {
+	var layers []erofsfmt.Layer
+	for _, one := range v.Layers() {
+		l := erofsfmt.Layer{Image: one.Primary, Name: one.Name}
+		for _, d := range one.Devices {
+			l.Devices = append(l.Devices, d)
+		}
+		layers = append(layers, l)
 	}
-	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices, CacheBytes: b.CacheBytes})
+	return erofsfmt.OpenLayers(ctx, layers, o)
+}
+
+// Mount opens the image in v, or its layers as one, and mounts it on target: by
+// mount(2) where that is allowed, else by the fusermount3 helper.
+func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
+	im, err := OpenImage(ctx, v, erofsfmt.Options{CacheBytes: b.CacheBytes})
 	if err != nil {
 		return nil, err
 	}

@@ -78,11 +78,10 @@ func (b FileBackend) Mount(ctx context.Context, v backend.Volume, target string,
 //
 // whole says that no block of the image lies across the end of a source.
 func CheckVolume(ctx context.Context, v backend.Volume) (whole bool, err error) {
-	devices := make([]erofsfmt.ReaderAt, len(v.Devices))
-	for i, d := range v.Devices {
-		devices[i] = d
+	if err := v.OneLayer(); err != nil {
+		return false, err
 	}
-	im, err := erofsfmt.OpenWith(ctx, v.Primary, erofsfmt.Options{Devices: devices})
+	im, err := OpenImage(ctx, v, erofsfmt.Options{})
 	if errors.Is(err, erofsfmt.ErrUnsupported) {
 		return false, nil
 	}
@@ -103,6 +102,18 @@ func CheckVolume(ctx context.Context, v backend.Volume) (whole bool, err error) 
 		whole = whole && (blocks > 0 || size%sb.BlockSize() == 0)
 	}
 	return whole, nil
+}
+
+// ForKernel leaves out those layers that the kernel's overlayfs would show although a
+// higher one hides them: it takes no root directory for opaque. It reads what is needed
+// to open each layer, of all layers side by side.
+func ForKernel(ctx context.Context, v backend.Volume) (backend.Volume, error) {
+	im, err := OpenImage(ctx, v, erofsfmt.Options{})
+	if err != nil {
+		return v, err
+	}
+	v.Below = v.Below[:im.RootLayers()-1]
+	return v, nil
 }
 
 // servedBlobs are the sources of a volume as files of a FUSE mount.

@@ -11,6 +11,8 @@
 //     kept;
 //   - a READDIR cookie is the position of an entry, as in the kernel's erofs.
 //
+// All this holds for an image of several layers, too: the reader shows them as one.
+//
 // What it does beside answering is to keep the processors busy for who reads from
 // front to back (readahead.go, streams.go), and to give the page cache what a
 // random read had to decode beside what was asked for (surplus.go).

@@ -10,7 +10,8 @@ import "github.com/erofs-oci/erofs-oci/erofsfmt"
 //	bit 63 | n     bit 63 | n+2      (an inode in the metabox)
 //
 // A nid counts slots of 32 bytes of an image of less than 2^63 bytes, so n+2
-// never reaches bit 63 for a nid that can be read.
+// never reaches bit 63 for a nid that can be read; nor for one that has the number of
+// its layer in front (erofsfmt.OpenLayers), of which there are fewer than fit.
 type nodeIDs struct{ root erofsfmt.Nid }
 
 const (

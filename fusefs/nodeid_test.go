@@ -22,6 +22,11 @@ func TestNodeIDs(t *testing.T) {
 		{root: metabox | 5, nid: 5, node: 7},
 		{root: 36, nid: metabox, node: 1<<63 | 2},
 		{root: 36, nid: metabox | 36, node: 1<<63 | 38},
+		// Of several layers (erofsfmt.OpenLayers); the last nid of one reaches into
+		// the next.
+		{root: 36, nid: 499<<54 | 36, node: 499<<54 | 38},
+		{root: 36, nid: 1<<54 - 1, node: 1<<54 | 1},
+		{root: 36, nid: metabox | 499<<54 | (1<<54 - 1), node: 1<<63 | 500<<54 | 1},
 	} {
 		ids := nodeIDs{root: c.root}
 		if got := ids.node(c.nid); got != c.node {
@@ -33,13 +38,17 @@ func TestNodeIDs(t *testing.T) {
 	}
 }
 
-// TestNodeIDsAreABijection tries nids that an image of 2^63 bytes may have.
+// TestNodeIDsAreABijection tries nids that an image of 2^63 bytes may have, and those of
+// layers.
 func TestNodeIDsAreABijection(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	ids := nodeIDs{root: 36}
 	seen := make(map[uint64]erofsfmt.Nid)
 	for range 100_000 {
 		nid := erofsfmt.Nid(r.Uint64N(1<<58) >> r.IntN(58))
+		if r.IntN(2) == 0 {
+			nid = nid&(1<<54-1) | erofsfmt.Nid(r.IntN(erofsfmt.MaxLayers))<<54
+		}
 		if r.IntN(2) == 0 {
 			nid |= 1 << 63
 		}

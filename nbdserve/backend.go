@@ -60,6 +60,9 @@ type part struct {
 // Mount serves v as nbd devices and mounts the image on target. The devices are
 // the kernel's affair from then on: they end with the mount, whoever unmounts it.
 func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o backend.Options) (backend.Mount, error) {
+	if err := v.OneLayer(); err != nil {
+		return nil, err
+	}
 	m := newMount(target, o.Log)
 	if b.Timeout == 0 {
 		b.Timeout = DefaultTimeout
@@ -280,6 +283,14 @@ func (m *Mount) disconnectDevices() error {
 		errs = append(errs, p.device.Disconnect(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// Abandon ends the serving of a mount that lives on: its readers wait for another
+// server to take it over.
+func (m *Mount) Abandon() error {
+	err := m.abandon()
+	<-m.finished
+	return err
 }
 
 // abandon ends the serving and leaves the devices to the kernel.

@@ -13,8 +13,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// A Selector says which part of an image is meant. The zero value is the only
-// EROFS layer of the image for this machine's platform.
+// A Selector says which part of an image is meant. The zero value is all EROFS
+// layers of the image for this machine's platform.
 type Selector struct {
 	Platform string        // os/arch[/variant]; "" is the host's
 	Layer    *int          // by number, from 0
@@ -55,39 +55,69 @@ type Layer struct {
 // errNotListed: the blob that was asked for is not among the layers.
 var errNotListed = errors.New("no layer has this digest")
 
-// ErofsLayer chooses the layer that sel means: by number, by digest, or the only
-// EROFS layer there is. A layer that is named may have any media type that can
-// be a raw image; its bytes have to tell. Otherwise the error says what the
-// image holds.
-func (im *Image) ErofsLayer(sel Selector) (Layer, error) {
+// ErofsLayers chooses the layers that sel means, the lowest first: the one that it
+// names, by number or by digest, or all EROFS layers there are, to be laid over each
+// other. A layer that is named may have any media type that can be a raw image; its
+// bytes have to tell. Otherwise the error says what the image holds.
+func (im *Image) ErofsLayers(sel Selector) ([]Layer, error) {
 	l, err := im.choose(sel)
 	if err != nil {
-		return Layer{}, fmt.Errorf("%s: %w", im.where(), err)
+		return nil, fmt.Errorf("%s: %w", im.where(), err)
 	}
 	return l, nil
 }
 
-// ErofsLayer is Image.ErofsLayer, but asks the registry for a Selector.Blob that
-// is not in the manifest.
-func (c *Client) ErofsLayer(ctx context.Context, im *Image, sel Selector) (Layer, error) {
-	l, err := im.ErofsLayer(sel)
-	if !errors.Is(err, errNotListed) {
-		return l, err
+// ErofsLayer is ErofsLayers for who can use one layer only: several are an error.
+func (im *Image) ErofsLayer(sel Selector) (Layer, error) {
+	chosen, err := im.ErofsLayers(sel)
+	if err != nil {
+		return Layer{}, err
 	}
-	desc, err := c.Stat(ctx, im.Reference, sel.Blob)
-	return Layer{Index: -1, Descriptor: desc}, err
+	return im.OneLayer(chosen)
 }
 
-func (im *Image) choose(sel Selector) (Layer, error) {
+// OneLayer is the layer among those that ErofsLayers chose, if it is one.
+func (im *Image) OneLayer(chosen []Layer) (Layer, error) {
+	if len(chosen) > 1 {
+		return Layer{}, fmt.Errorf("%s: %d EROFS layers; name one by number or by digest: the image holds %s", im.Reference, len(chosen), im.inventory())
+	}
+	return chosen[0], nil
+}
+
+// ErofsLayers is Image.ErofsLayers, but asks the registry for a Selector.Blob that
+// is not in the manifest.
+func (c *Client) ErofsLayers(ctx context.Context, im *Image, sel Selector) ([]Layer, error) {
+	chosen, err := im.ErofsLayers(sel)
+	if !errors.Is(err, errNotListed) {
+		return chosen, err
+	}
+	desc, err := c.Stat(ctx, im.Reference, sel.Blob)
+	return []Layer{{Index: -1, Descriptor: desc}}, err
+}
+
+// ErofsLayer is Client.ErofsLayers for who can use one layer only.
+func (c *Client) ErofsLayer(ctx context.Context, im *Image, sel Selector) (Layer, error) {
+	chosen, err := c.ErofsLayers(ctx, im, sel)
+	if err != nil {
+		return Layer{}, err
+	}
+	return im.OneLayer(chosen)
+}
+
+func (im *Image) choose(sel Selector) ([]Layer, error) {
+	var l Layer
+	var err error
 	switch {
 	case sel.Layer != nil && sel.Blob != "":
-		return Layer{}, errors.New("a layer by number and a blob by digest were asked for; give one")
+		return nil, errors.New("a layer by number and a blob by digest were asked for; give one")
 	case sel.Layer != nil:
-		return im.byNumber(*sel.Layer)
+		l, err = im.byNumber(*sel.Layer)
 	case sel.Blob != "":
-		return im.byDigest(sel.Blob)
+		l, err = im.byDigest(sel.Blob)
+	default:
+		return im.allErofs()
 	}
-	return im.onlyErofs()
+	return []Layer{l}, err
 }
 
 func (im *Image) byNumber(n int) (Layer, error) {
@@ -108,21 +138,52 @@ func (im *Image) byDigest(d digest.Digest) (Layer, error) {
 	return im.Layers[i], im.refuse(im.Layers[i], true)
 }
 
-func (im *Image) onlyErofs() (Layer, error) {
+// allErofs are the layers that make the file system. What lies among several of them
+// and is no EROFS layer would be missing in it.
+func (im *Image) allErofs() ([]Layer, error) {
 	var found []Layer
+	others := ""
 	for _, l := range im.Layers {
-		kind := layerKindOf(l.MediaType)
-		if (kind == kindErofs || kind == kindErofsZstd) && l.Annotations[annotationRole] != roleDevice {
+		if err := refuseRole(l); err != nil {
+			return nil, err
+		}
+		switch kind := layerKindOf(l.MediaType); {
+		case kind == kindErofs || kind == kindErofsZstd:
 			found = append(found, l)
+		case kind == kindCompressed || isTarType(l.MediaType):
+			others = fmt.Sprintf("layer %d is %s", l.Index, shownType(l.MediaType))
 		}
 	}
-	switch len(found) {
-	case 1:
-		return found[0], im.refuse(found[0], false)
-	case 0:
-		return Layer{}, im.noErofs()
+	if len(found) == 0 {
+		return nil, im.noErofs()
 	}
-	return Layer{}, fmt.Errorf("%d EROFS layers; name one by number or by digest: the image holds %s", len(found), im.inventory())
+	if len(found) > 1 && others != "" {
+		return nil, fmt.Errorf("%d EROFS layers, but %s, and would be missing; name one by number or by digest: the image holds %s", len(found), others, im.inventory())
+	}
+	for _, l := range found {
+		if err := im.refuse(l, false); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// refuseRole says whether a layer is there for another, which this version cannot
+// put together.
+func refuseRole(l Layer) error {
+	role := l.Annotations[annotationRole]
+	what := ""
+	switch role {
+	case "", roleLower:
+		return nil
+	case roleDevice:
+		what = "an extra device of the layer after it"
+	case roleData:
+		what = "data that other layers refer to"
+	default:
+		what = "a part that is not known here"
+	}
+	return fmt.Errorf("layer %d is %s (%s=%s), and this version mounts no images with such layers", l.Index, what, annotationRole, clean(role, 40))
 }
 
 // refuse says why a layer cannot be mounted, as far as its descriptor tells.

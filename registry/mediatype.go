@@ -25,10 +25,14 @@ const (
 	mediaTypeDockerConfig   = "application/vnd.docker.container.image.v1+json"
 	prefixDockerSchema1     = "application/vnd.docker.distribution.manifest.v1+"
 
-	// annotationRole on a layer says what an EROFS layer is for; roleDevice marks
-	// data that belongs to another layer and cannot be mounted by itself.
+	// annotationRole on a layer says what an EROFS layer is for. Without it, and with
+	// roleLower, it is laid over those before it. The others are data that another
+	// layer refers to, and cannot be mounted by themselves: an extra device of the
+	// next layer, and a layer of files that are found by trusted.overlay.redirect.
 	annotationRole = "org.erofs.role"
+	roleLower      = "overlay-lower"
 	roleDevice     = "device"
+	roleData       = "overlay-data"
 
 	// FeatureErofs in os.features marks the index entry whose layers are EROFS, and
 	// their configuration.
@@ -81,6 +85,11 @@ func isManifestType(t string) bool {
 
 func isImageConfigType(t string) bool {
 	return t == ocispec.MediaTypeImageConfig || t == mediaTypeDockerConfig
+}
+
+// isTarType says whether a layer is a tar archive that is not compressed.
+func isTarType(t string) bool {
+	return strings.HasSuffix(t, ".tar")
 }
 
 // layerKind is what a layer's media type says of its bytes.

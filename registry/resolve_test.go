@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -444,7 +445,7 @@ func TestErofsLayer(t *testing.T) {
 		{"tars", []string{tarGzip, tarGzip}, only, 0, []string{"layer 0 is", "holds layer 0", "layer 1 application/vnd.oci.image.layer.v1.tar+gzip (101 bytes)"}},
 		{"none", nil, only, 0, []string{"has no layers"}},
 		{"two", []string{raw, raw}, only, 0, []string{"2 EROFS layers", "name one", "layer 1 application/vnd.erofs"}},
-		{"raw and zstd", []string{raw, zstd}, only, 0, []string{"2 EROFS layers"}},
+		{"raw and zstd", []string{raw, zstd}, only, 0, []string{"layer 1 is application/vnd.erofs+zstd", "zstd-compressed"}},
 		{"many", strings.Fields(strings.Repeat(tarGzip+" ", 20)), only, 0, []string{"layer 7 ", "and 12 more"}},
 		{"no type", []string{""}, only, 0, []string{"layer 0 is of no media type"}},
 		{"hostile type", []string{"x\x1b[31m" + strings.Repeat("y", 1000)}, only, 0, []string{"layer 0 is x[31m", "yyy..."}},
@@ -486,11 +487,53 @@ func TestErofsLayer(t *testing.T) {
 	}
 }
 
-func TestErofsLayerPassesOverDevices(t *testing.T) {
-	im := &registry.Image{Reference: parse(t, "quay.io/a:v1"), Layers: layers("application/vnd.erofs", "application/vnd.erofs")}
-	im.Layers[0].Annotations = map[string]string{"org.erofs.role": "device"}
-	if l, err := im.ErofsLayer(registry.Selector{}); err != nil || l.Index != 1 {
-		t.Errorf("%+v, %v", l, err)
+// TestErofsLayers: without a name it is all of them, the lowest first, unless a part
+// of the file system would be missing.
+func TestErofsLayers(t *testing.T) {
+	const (
+		raw   = "application/vnd.erofs"
+		index = "application/vnd.erofs.chunk-index.v1"
+	)
+	for _, tc := range []struct {
+		name   string
+		types  []string
+		roles  map[int]string
+		sel    registry.Selector
+		want   []int
+		errors []string
+	}{
+		{name: "one", types: []string{raw}, want: []int{0}},
+		{name: "all", types: []string{raw, "application/vnd.erofs.layer.v1", raw}, want: []int{0, 1, 2}},
+		{name: "with indexes between", types: []string{raw, index, raw, index}, want: []int{0, 2}},
+		{name: "with something unknown", types: []string{raw, raw, "application/vnd.example.sbom"}, want: []int{0, 1}},
+		{name: "lower ones, said so", types: []string{raw, raw}, roles: map[int]string{0: "overlay-lower"}, want: []int{0, 1}},
+		{name: "by number", types: []string{raw, raw}, sel: registry.Selector{Layer: new(int)}, want: []int{0}},
+		{name: "by number, a device", types: []string{raw, raw}, roles: map[int]string{0: "device"}, sel: registry.Selector{Layer: new(int)}, want: []int{0}},
+		{name: "by digest", types: []string{raw, raw}, sel: registry.Selector{Blob: digest.FromString("1")}, want: []int{1}},
+		{name: "tar among them", types: []string{raw, tarGzip, raw}, errors: []string{"2 EROFS layers, but layer 1 is", "would be missing"}},
+		{name: "plain tar among them", types: []string{raw, raw, "application/vnd.oci.image.layer.v1.tar"}, errors: []string{"layer 2 is"}},
+		{name: "a device", types: []string{raw, raw}, roles: map[int]string{0: "device"}, errors: []string{"layer 0 is an extra device", "org.erofs.role=device"}},
+		{name: "a device that is no image", types: []string{"application/octet-stream", raw}, roles: map[int]string{0: "device"}, errors: []string{"layer 0 is an extra device"}},
+		{name: "data", types: []string{raw, raw}, roles: map[int]string{0: "overlay-data"}, errors: []string{"layer 0 is data that other layers refer to", "overlay-data"}},
+		{name: "an unknown role", types: []string{raw, raw}, roles: map[int]string{1: "x\x1b[31m"}, errors: []string{"layer 1 is a part that is not known"}},
+	} {
+		im := &registry.Image{Reference: parse(t, "quay.io/a:v1"), Layers: layers(tc.types...)}
+		for i, role := range tc.roles {
+			im.Layers[i].Annotations = map[string]string{"org.erofs.role": role}
+		}
+		chosen, err := im.ErofsLayers(tc.sel)
+		var got []int
+		for _, l := range chosen {
+			got = append(got, l.Index)
+		}
+		if !slices.Equal(got, tc.want) || (err != nil) != (tc.errors != nil) {
+			t.Errorf("%s: %v, %v; want %v", tc.name, got, err, tc.want)
+		}
+		for _, part := range tc.errors {
+			if err != nil && (!strings.Contains(err.Error(), part) || strings.Contains(err.Error(), "\x1b")) {
+				t.Errorf("%s: %q does not say %q", tc.name, err, part)
+			}
+		}
 	}
 }
 

@@ -11,9 +11,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
+	"github.com/erofs-oci/erofs-oci/tests/layered"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
 	"github.com/erofs-oci/erofs-oci/tests/require"
 )
@@ -125,6 +127,14 @@ func startRegistry(t *testing.T, env *testscript.Env, o fakeregistry.Options, au
 	return r.Addr(), pushScriptImages(t, r.URL(), ocipush.Options{Authorization: authorization})
 }
 
+func scriptLayers() layered.Stack {
+	root := layered.Dir(".", 0o755)
+	return layered.Stack{
+		{root, layered.File("lower", "lower"), layered.File("both", "lower"), layered.File("removed", "gone")},
+		{root, layered.File("upper", "upper"), layered.File("both", "upper"), layered.Removed("removed")},
+	}
+}
+
 const tarLayer = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 // pushScriptImages fills a registry:
@@ -133,6 +143,9 @@ const tarLayer = "application/vnd.oci.image.layer.v1.tar+gzip"
 //	tar:v1       one tar layer
 //	mixed:v1     a tar layer, then two EROFS layers
 //	fake:v1      an EROFS layer whose bytes are not EROFS
+//	layers:v1    two EROFS layers, the upper of which changes the lower
+//	device:v1    a layer that is the next one's extra device
+//	halffake:v1  two layers, the upper of which is not EROFS
 //	multi:v1     an index: linux/amd64, linux/arm64, linux/arm/v7
 func pushScriptImages(t *testing.T, url string, o ocipush.Options) error {
 	plain := ocipush.Bytes(registry.MediaTypeErofs, corpus.Get(t, "plain").Data)
@@ -140,11 +153,18 @@ func pushScriptImages(t *testing.T, url string, o ocipush.Options) error {
 	tar := ocipush.Bytes(tarLayer, []byte("not really a tar"))
 	fake := ocipush.Bytes(registry.MediaTypeErofs, bytes.Repeat([]byte("no erofs "), 1000))
 	ctx := context.Background()
+	var two []ocipush.Layer
+	for _, im := range scriptLayers().Layers(t, mkerofs.Options{}) {
+		two = append(two, ocipush.Bytes(registry.MediaTypeErofs, im))
+	}
+	device := plain
+	device.Annotations = map[string]string{"org.erofs.role": "device"}
 	for name, layers := range map[string][]ocipush.Layer{
 		"rootfs:v1": {plain},
 		"tar:v1":    {tar},
 		"mixed:v1":  {tar, plain, lz4},
 		"fake:v1":   {fake},
+		"layers:v1": two, "device:v1": {device, lz4}, "halffake:v1": {plain, fake},
 	} {
 		if _, err := ocipush.Push(ctx, url, name, layers, o); err != nil {
 			return err

@@ -55,6 +55,8 @@ var inside = map[string]group{
 		{"Supervised", testSupervised},
 		{"OverlayReattached", testOverlayReattached},
 		{"LocalReattached", testLocalReattached},
+		{"Layers", testLayers},
+		{"LayersReattached", testLayersReattached},
 	}},
 	"reading": {1, []check{
 		{"Corpus", testCorpus},
