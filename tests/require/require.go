@@ -34,6 +34,7 @@ func probes() map[string]func() error {
 		"fusermount3":     program("fusermount3"),
 		"mkfs.erofs":      program("mkfs.erofs"),
 		"docker-registry": program("docker-registry"),
+		"skopeo":          program("skopeo"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
 		"nbdinfo":         program("nbdinfo"),
