@@ -60,6 +60,12 @@ func TestPutBlobPatience(t *testing.T) {
 			}
 			return reply(q, 201, nil, ""), nil
 		}, 30 * time.Second, 31 * time.Second, 2, ""},
+		{"is down for a moment", func(try int, q *http.Request) (*http.Response, error) {
+			if try == 1 {
+				return nil, refused
+			}
+			return reply(q, 201, nil, ""), nil
+		}, 0, 3 * time.Second, 2, ""},
 		{"breaks at the end each time", func(_ int, q *http.Request) (*http.Response, error) {
 			if err := take(q, size, time.Second); err != nil {
 				return nil, err
