@@ -169,7 +169,7 @@ func maxConns(o Options) int {
 
 func newTransport(o Options, noProgress time.Duration, all *conns) *http.Transport {
 	most := maxConns(o)
-	dialer := &net.Dialer{Timeout: noProgress}
+	dialer := &net.Dialer{Timeout: noProgress, Control: boundUnsent}
 	return &http.Transport{
 		Proxy: proxyFromEnvironment,
 		// A range must come as it was asked for, never encoded.

@@ -162,6 +162,15 @@ func TestLayout(t *testing.T) {
 			}
 		}
 	}
+	// A store of somebody else's is as good.
+	foreign := struct{ registry.Store }{l}
+	im, err := registry.ResolveIn(t.Context(), foreign, "v1", registry.Selector{Platform: "linux/amd64"})
+	if err != nil || im.Digest != erofsImage.Digest {
+		t.Errorf("%+v, %v", im, err)
+	}
+	if c, err := registry.ImageConfigIn(t.Context(), foreign, im); err != nil || c.OS != "linux" {
+		t.Errorf("%+v, %v", c, err)
+	}
 	// A second image, and a name that moves.
 	other := putImage(t, l, "v2", noise(10))
 	moved := putIndex(t, l, "v1", erofsImage)

@@ -122,3 +122,27 @@ func TestChoose(t *testing.T) {
 		}
 	}
 }
+
+func TestChooseTar(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		want    string
+		entries []ocispec.Descriptor
+		chosen  int
+	}{
+		{"tar first", "linux/amd64", []ocispec.Descriptor{entry("linux/amd64"), entry("linux/amd64", "erofs")}, 0},
+		{"erofs first, tar preferred", "linux/amd64", []ocispec.Descriptor{entry("linux/amd64", "erofs"), entry("linux/amd64")}, 1},
+		{"erofs alone", "linux/amd64", []ocispec.Descriptor{entry("linux/arm64"), entry("linux/amd64", "erofs")}, 1},
+		{"another feature is none of ours", "windows/amd64", []ocispec.Descriptor{entry("windows/amd64", "win32k"), entry("windows/amd64", "win32k", "erofs")}, 0},
+		{"tar of a lower variant", "linux/arm/v7", []ocispec.Descriptor{entry("linux/arm/v7", "erofs"), entry("linux/arm/v6")}, 1},
+		{"not tar of another architecture", "linux/amd64", []ocispec.Descriptor{entry("linux/386"), entry("linux/amd64", "erofs")}, 1},
+	} {
+		p, err := parsePlatform(tc.want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := choose(tc.entries, p, PreferTar); got != tc.chosen {
+			t.Errorf("%s: %d, want %d", tc.name, got, tc.chosen)
+		}
+	}
+}

@@ -91,9 +91,15 @@ func (s *session) url(ctx context.Context, path string, query url.Values) (*url.
 	return u, nil
 }
 
-// hasBlob asks whether the repository has the blob.
+// hasBlob asks whether the repository has the blob. A registry that does not want to
+// be asked is told of the upload: who may push to a repository that does not exist
+// yet may not read it, with some.
 func (s *session) hasBlob(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	resp, err := s.do(ctx, http.MethodHead, "blobs/"+desc.Digest.String(), http.Header{"Accept-Encoding": {"identity"}})
+	var refusal *StatusError
+	if errors.As(err, &refusal) && (refusal.Code == http.StatusUnauthorized || refusal.Code == http.StatusForbidden) {
+		return false, nil
+	}
 	if err != nil {
 		return false, err
 	}
@@ -104,8 +110,8 @@ func (s *session) hasBlob(ctx context.Context, desc ocispec.Descriptor) (bool, e
 			return false, fmt.Errorf("the registry has it with %d bytes, not %d", n, desc.Size)
 		}
 		return true, nil
-	case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusNotImplemented:
-		return false, nil // an upload will tell what else is wrong
+	case http.StatusNotFound, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented:
+		return false, nil // the upload will tell what else is wrong
 	}
 	return false, statusError(resp, s.auth.hide)
 }

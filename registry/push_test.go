@@ -3,15 +3,12 @@ package registry_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -298,130 +295,6 @@ func TestPutBlobRegistryRestarts(t *testing.T) {
 	}
 }
 
-// A token that expires between two chunks is renewed, and the chunk sent again.
-func TestPutBlobTokenExpires(t *testing.T) {
-	const password = "canary-password"
-	r := startRegistry(t, fakeregistry.Options{Auth: fakeregistry.Bearer, Username: "me", Password: password, Upload: fakeregistry.Upload{Mount: true}})
-	data := noise(3 << 20)
-	log := newWatchedLog()
-	c := newClient(t, registry.Options{Username: "me", Password: password, Logger: log.logger()})
-	revoked := 0
-	r.SetFault(func(q *http.Request) *fakeregistry.Fault {
-		if q.Method == http.MethodPatch && q.Header.Get("Content-Range") == "2097152-3145727" && revoked == 0 {
-			revoked++
-			r.RevokeTokens()
-		}
-		return nil
-	})
-	repo := c.Repository(parse(t, r.Addr()+"/x:v1"))
-	got, err := repo.PutBlob(t.Context(), describe(data), bytes.NewReader(data), registry.PutOptions{ChunkSize: 1 << 20})
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The body waits for leave: what is refused has sent nothing.
-	want := "HEAD 401, T, HEAD 404, POST 401, T, POST 202, PATCH 202 +1048576, PATCH 202 +1048576, PATCH 401, T, PATCH 202 +1048576, PUT 201"
-	if s := strings.ReplaceAll(steps(r), ", GET 200", ""); s != want || got.Sent != int64(len(data)) {
-		t.Errorf("steps\n%s, want\n%s; %+v", s, want, got)
-	}
-	if !bytes.Equal(stored(t, r, c, describe(data)), data) {
-		t.Error("the registry has other bytes")
-	}
-	r.ResetStats()
-	from := parse(t, r.Addr()+"/y:v1")
-	if got, err = c.Repository(from).PutBlob(t.Context(), describe(data), bytes.NewReader(data), registry.PutOptions{MountFrom: []string{"x"}}); err != nil || !got.Mounted {
-		t.Errorf("mount: %+v, %v", got, err)
-	}
-	if want := "HEAD 401, T, HEAD 404, POST 401, T, POST 201"; steps(r) != want {
-		t.Errorf("steps\n%s, want\n%s", steps(r), want)
-	}
-	// A small body is not worth waiting for leave; it is sent again.
-	r.RevokeTokens()
-	small := noise(1000)
-	if _, err := repo.PutBlob(t.Context(), describe(small), bytes.NewReader(small), registry.PutOptions{}); err != nil {
-		t.Error(err)
-	}
-	r.SetFault(each(http.MethodPut, fakeregistry.Fault{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		w.WriteHeader(http.StatusForbidden)
-		fmt.Fprintf(w, `{"errors":[{"code":"DENIED","message":"not for %s"}]}`, q.Header.Get("Authorization"))
-	})}))
-	_, err = repo.PutBlob(t.Context(), describe(small[1:]), bytes.NewReader(small[1:]), registry.PutOptions{})
-	if err == nil || !strings.Contains(err.Error(), "not for Bearer REDACTED") {
-		t.Errorf("%v", err)
-	}
-	if strings.Contains(fmt.Sprint(err, log), password) || strings.Contains(log.String(), "Bearer ") && !strings.Contains(log.String(), "REDACTED") {
-		t.Errorf("a secret came out: %v\n%s", err, log)
-	}
-}
-
-// A token service that gives nothing for the repository to mount from does not
-// stand in the way of the upload.
-func TestPutBlobMountScopeRefused(t *testing.T) {
-	r := startRegistry(t, fakeregistry.Options{Auth: fakeregistry.Bearer, Username: "me", Password: "canary", Upload: fakeregistry.Upload{Mount: true}})
-	data := noise(1000)
-	r.PutBlob("y", sum(data), bytes.NewReader(data), int64(len(data)))
-	c := newClient(t, registry.Options{Username: "me", Password: "canary"})
-	r.SetFault(func(q *http.Request) *fakeregistry.Fault {
-		if q.URL.Path == "/token" && strings.Contains(q.URL.RawQuery, "repository%3Ay") {
-			return &fakeregistry.Fault{Status: http.StatusForbidden}
-		}
-		return nil
-	})
-	got, err := c.Repository(parse(t, r.Addr()+"/x:v1")).PutBlob(t.Context(), describe(data), bytes.NewReader(data), registry.PutOptions{MountFrom: []string{"y"}})
-	if err != nil || got.Mounted || got.Sent != 1000 {
-		t.Errorf("%+v, %v", got, err)
-	}
-}
-
-// A Location on another host, and a redirect to one, get the bytes but not the
-// credentials.
-func TestPutBlobElsewhere(t *testing.T) {
-	const password = "canary"
-	for _, how := range []string{"location", "redirect"} {
-		t.Run(how, func(t *testing.T) {
-			r := startRegistry(t, fakeregistry.Options{Auth: fakeregistry.Basic, Username: "me", Password: password})
-			data := noise(2 << 20)
-			storage := startRegistry(t, fakeregistry.Options{})
-			storage.SetFault(func(*http.Request) *fakeregistry.Fault {
-				return &fakeregistry.Fault{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-					got, err := io.ReadAll(q.Body)
-					if err != nil || !bytes.Equal(got, data) || q.URL.Query().Get("signature") != "abc" {
-						w.WriteHeader(http.StatusBadRequest)
-						return
-					}
-					w.WriteHeader(http.StatusCreated)
-				})}
-			})
-			at := http.Header{"Location": {storage.URL() + "/up?signature=abc"}}
-			if how == "location" {
-				r.SetFault(each(http.MethodPost, fakeregistry.Fault{Header: at}))
-			} else {
-				at.Set("Location", at.Get("Location")+"&digest="+sum(data).String())
-				r.SetFault(each(http.MethodPut, answer(http.StatusTemporaryRedirect, at, "")))
-			}
-			c := newClient(t, registry.Options{Username: "me", Password: password})
-			if _, err := c.Repository(parse(t, r.Addr()+"/x:v1")).PutBlob(t.Context(), describe(data), bytes.NewReader(data), registry.PutOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			seen := storage.Requests()
-			if len(seen) != 1 || seen[0].Authorized || seen[0].Received != int64(len(data)) || !strings.Contains(seen[0].Query, "digest=sha256%3A") && how == "location" {
-				t.Errorf("storage has seen %+v", seen)
-			}
-		})
-	}
-}
-
-// A 302 is no place to send a body to.
-func TestPutBlobRedirect302(t *testing.T) {
-	r := startRegistry(t, fakeregistry.Options{})
-	data := noise(1000)
-	r.SetFault(each(http.MethodPut, answer(http.StatusFound, http.Header{"Location": {"/elsewhere"}}, "")))
-	_, err := newClient(t, registry.Options{}).Repository(parse(t, r.Addr()+"/x:v1")).PutBlob(t.Context(), describe(data), bytes.NewReader(data), registry.PutOptions{})
-	var status *registry.StatusError
-	if !errors.As(err, &status) || status.Code != http.StatusFound {
-		t.Errorf("%v", err)
-	}
-}
-
 // An upload that is cancelled by its caller is cancelled at the registry.
 func TestPutBlobCancelled(t *testing.T) {
 	r := startRegistry(t, fakeregistry.Options{})
@@ -510,91 +383,5 @@ func TestPushPlaces(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "blocked.example is blocked") {
 			t.Error(err)
 		}
-	}
-}
-
-// In the bubble's time: an upload is given as long as it takes while bytes leave,
-// and no longer than a read once they do not.
-func TestPutBlobPatience(t *testing.T) {
-	const size = 100
-	data := noise(size)
-	take := func(q *http.Request, n int, pause time.Duration) error {
-		for range n {
-			time.Sleep(pause) // in the bubble's time
-			if _, err := io.ReadFull(q.Body, make([]byte, 1)); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	for _, tc := range []struct {
-		name     string
-		put      func(try int, q *http.Request) (*http.Response, error) // PUT
-		min, max time.Duration
-		tries    int
-		want     string // "" is success
-	}{
-		{"a byte in 25 s", func(_ int, q *http.Request) (*http.Response, error) {
-			if err := take(q, size, 25*time.Second); err != nil {
-				return nil, err
-			}
-			return reply(q, 201, nil, ""), nil
-		}, 2500 * time.Second, 2501 * time.Second, 1, ""},
-		{"a byte in 25 s, and 25 s until the answer", func(_ int, q *http.Request) (*http.Response, error) {
-			if err := take(q, size, 25*time.Second); err != nil {
-				return nil, err
-			}
-			time.Sleep(25 * time.Second)
-			return reply(q, 201, nil, ""), nil
-		}, 2525 * time.Second, 2526 * time.Second, 1, ""},
-		{"stalls in the middle", func(_ int, q *http.Request) (*http.Response, error) {
-			if err := take(q, size/2, time.Second); err != nil {
-				return nil, err
-			}
-			<-q.Context().Done()
-			return nil, q.Context().Err()
-		}, 50*time.Second + 59*time.Second, 50*time.Second + 61*time.Second + 50*time.Second, 2, "unavailable for"},
-		{"stalls once", func(try int, q *http.Request) (*http.Response, error) {
-			if try == 1 {
-				<-q.Context().Done()
-				return nil, q.Context().Err()
-			}
-			return reply(q, 201, nil, ""), nil
-		}, 30 * time.Second, 31 * time.Second, 2, ""},
-		{"breaks at the end each time", func(_ int, q *http.Request) (*http.Response, error) {
-			if err := take(q, size, time.Second); err != nil {
-				return nil, err
-			}
-			return nil, io.ErrUnexpectedEOF
-		}, 500 * time.Second, 510 * time.Second, 5, "given up after 5 beginnings"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			alone(t)
-			synctest.Test(t, func(t *testing.T) {
-				began, tries := time.Now(), 0
-				c, err := registry.New(registry.Options{PlainHTTP: true, Transport: transportFunc(func(q *http.Request) (*http.Response, error) {
-					switch q.Method {
-					case http.MethodPut:
-						tries++
-						return tc.put(tries, q)
-					case http.MethodPost:
-						return reply(q, 202, http.Header{"Location": {"/up"}}, ""), nil
-					}
-					return reply(q, 404, nil, ""), nil
-				})})
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer c.Close()
-				_, err = c.Repository(parse(t, "registry.example/x:v1")).PutBlob(t.Context(), describe(data), bytes.NewReader(data), registry.PutOptions{})
-				took := time.Since(began)
-				if (err == nil) != (tc.want == "") || err != nil && !strings.Contains(err.Error(), tc.want) {
-					t.Errorf("%v, want %q", err, tc.want)
-				}
-				if took < tc.min || took > tc.max || tries != tc.tries {
-					t.Errorf("took %v and %d tries, want %v to %v and %d", took, tries, tc.min, tc.max, tc.tries)
-				}
-			})
-		})
 	}
 }

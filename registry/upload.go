@@ -101,6 +101,7 @@ func (u *upload) again(ctx context.Context, err error) error {
 	if lost {
 		return context.Cause(ctx) // nil: at once
 	}
+	u.wait.eager = !u.session.reached.Load()
 	return u.wait.again(ctx, err)
 }
 
@@ -384,7 +385,7 @@ func uploadRange(s string) (int64, error) {
 	last, ok := strings.CutPrefix(s, "0-")
 	n, err := strconv.ParseInt(last, 10, 64)
 	if !ok || err != nil || n < 0 || n == 1<<63-1 {
-		return 0, fmt.Errorf("Range %q of an upload is not 0-LAST", clean(s, 60))
+		return 0, fmt.Errorf("range %q of an upload is not 0-LAST", clean(s, 60))
 	}
 	if n == 0 {
 		return 0, nil

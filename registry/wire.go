@@ -44,7 +44,7 @@ func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	req = req.Clone(traced)
 	req.Header.Set("User-Agent", t.userAgent)
 	leaving := &departure{silence: silence, noProgress: t.noProgress}
-	leaving.watch(req)
+	watchBody(req, leaving.sign)
 	resp, err := t.next.RoundTrip(req)
 	leaving.end()
 	silence.Stop()
@@ -68,24 +68,7 @@ type departure struct {
 	over bool
 }
 
-// watch has the silence begin anew with each byte that is read of req's body, also
-// where net/http takes a second one for another try.
-func (d *departure) watch(req *http.Request) {
-	if req.Body == nil || req.Body == http.NoBody {
-		return
-	}
-	req.Body = &leavingBody{req.Body, d}
-	if again := req.GetBody; again != nil {
-		req.GetBody = func() (io.ReadCloser, error) {
-			body, err := again()
-			if err != nil {
-				return nil, err
-			}
-			return &leavingBody{body, d}, nil
-		}
-	}
-}
-
+// sign has the silence begin anew.
 func (d *departure) sign() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -102,14 +85,32 @@ func (d *departure) end() {
 	d.over = true
 }
 
-type leavingBody struct {
-	io.ReadCloser
-	departure *departure
+// watchBody has sign called for each read of req's body, also where net/http takes a
+// second one for another try.
+func watchBody(req *http.Request, sign func()) {
+	if req.Body == nil || req.Body == http.NoBody {
+		return
+	}
+	req.Body = &watchedBody{req.Body, sign}
+	if again := req.GetBody; again != nil {
+		req.GetBody = func() (io.ReadCloser, error) {
+			body, err := again()
+			if err != nil {
+				return nil, err
+			}
+			return &watchedBody{body, sign}, nil
+		}
+	}
 }
 
-func (b *leavingBody) Read(p []byte) (int, error) {
+type watchedBody struct {
+	io.ReadCloser
+	sign func()
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	b.departure.sign()
+	b.sign()
 	return n, err
 }
 

@@ -421,3 +421,112 @@ func TestStopDuringLatency(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+func TestUploadOptions(t *testing.T) {
+	const content = "0123456789"
+	d := digest.FromString(content).String()
+	begin := func(c client) string {
+		t.Helper()
+		resp, _ := c.do("POST", "/v2/a/blobs/uploads/", "")
+		c.want(resp, 202)
+		return resp.Header.Get("Location")
+	}
+
+	c := start(t, fakeregistry.Options{Upload: fakeregistry.Upload{Mount: true}})
+	c.push("b", content)
+	resp, _ := c.do("POST", "/v2/a/blobs/uploads/?mount="+d+"&from=c", "")
+	c.want(resp, 202)
+	if n := c.r.OpenUploads(); n != 1 {
+		t.Errorf("%d uploads, want 1", n)
+	}
+	place := resp.Header.Get("Location")
+	resp, _ = c.do("DELETE", place, "")
+	c.want(resp, 204)
+	resp, _ = c.do("GET", place, "")
+	c.want(resp, 404)
+	resp, _ = c.do("POST", "/v2/a/blobs/uploads/?mount="+d+"&from=b", "")
+	c.want(resp, 201, "Docker-Content-Digest", d, "Location", "/v2/a/blobs/"+d)
+	resp, body := c.do("GET", "/v2/a/blobs/"+d, "")
+	c.want(resp, 200)
+	if n := c.r.OpenUploads(); n != 0 || body != content {
+		t.Errorf("%d uploads, %q", n, body)
+	}
+	if s := c.r.Stats(); s.Uploads != 3 || s.UploadBytes != int64(len(content)) {
+		t.Errorf("%+v", s)
+	}
+
+	c = start(t, fakeregistry.Options{Upload: fakeregistry.Upload{MinChunk: 4, State: true, Absolute: true}})
+	resp, _ = c.do("POST", "/v2/a/blobs/uploads/", "")
+	c.want(resp, 202, "OCI-Chunk-Min-Length", "4")
+	first := resp.Header.Get("Location")
+	if !strings.HasPrefix(first, c.r.URL()+"/v2/a/blobs/uploads/") {
+		t.Errorf("Location is %q", first)
+	}
+	resp, _ = c.do("PATCH", first, content[:4], "Content-Range", "0-3")
+	c.want(resp, 202)
+	second := resp.Header.Get("Location")
+	resp, _ = c.do("PATCH", first, content[4:8], "Content-Range", "4-7")
+	c.want(resp, 400)
+	resp, _ = c.do("PATCH", second, content[4:6], "Content-Range", "4-5")
+	c.want(resp, 202, "Range", "0-5")
+	resp, _ = c.do("PATCH", resp.Header.Get("Location"), content[6:], "Content-Range", "6-9")
+	c.want(resp, 416) // the one before was too short not to be the last
+
+	c = start(t, fakeregistry.Options{Upload: fakeregistry.Upload{NoStatus: true}})
+	resp, _ = c.do("GET", begin(c), "")
+	c.want(resp, 405)
+}
+
+func TestUploadFaults(t *testing.T) {
+	const content = "0123456789"
+	c := start(t, fakeregistry.Options{})
+	resp, _ := c.do("POST", "/v2/a/blobs/uploads/", "")
+	place := c.r.URL() + resp.Header.Get("Location")
+	for _, f := range []struct {
+		fault fakeregistry.Fault
+		has   string
+	}{
+		{fakeregistry.Fault{BreakUpload: 3}, "0-2"},
+		{fakeregistry.Fault{LoseAnswer: true}, "0-12"},
+	} {
+		c.r.SetFault(func(q *http.Request) *fakeregistry.Fault {
+			if q.Method == http.MethodPatch {
+				return &f.fault
+			}
+			return nil
+		})
+		q, err := http.NewRequestWithContext(t.Context(), http.MethodPatch, place, strings.NewReader(content))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp, err := c.Do(q); err == nil {
+			resp.Body.Close()
+			t.Errorf("%+v: %s", f.fault, resp.Status)
+		}
+		resp, _ = c.do("GET", place, "")
+		c.want(resp, 204, "Range", f.has)
+	}
+}
+
+func TestReferrers(t *testing.T) {
+	for _, known := range []bool{false, true} {
+		c := start(t, fakeregistry.Options{Referrers: known})
+		d := digest.FromString("image").String()
+		resp, _ := c.do("PUT", "/v2/a/manifests/sig", `{"artifactType":"a/b","subject":{"digest":"`+d+`"}}`, "Content-Type", "x/y")
+		c.want(resp, 201)
+		resp, _ = c.do("PUT", "/v2/a/manifests/other", `{"artifactType":"a/c"}`, "Content-Type", "x/y")
+		c.want(resp, 201)
+		resp, body := c.do("GET", "/v2/a/referrers/"+d, "")
+		if !known {
+			c.want(resp, 404)
+			continue
+		}
+		c.want(resp, 200, "Content-Type", "application/vnd.oci.image.index.v1+json")
+		var index struct {
+			Manifests []struct{ ArtifactType string }
+		}
+		if err := json.Unmarshal([]byte(body), &index); err != nil || len(index.Manifests) != 1 || index.Manifests[0].ArtifactType != "a/b" {
+			t.Errorf("%s, %v", body, err)
+		}
+	}
+}

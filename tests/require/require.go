@@ -36,6 +36,7 @@ func probes() map[string]func() error {
 		"bzip2":           program("bzip2"),
 		"docker-registry": program("docker-registry"),
 		"nginx":           program("nginx"),
+		"skopeo":          program("skopeo"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
 		"nbdinfo":         program("nbdinfo"),
