@@ -144,7 +144,7 @@ func clean(s string, limit int) string {
 	}, s)
 	words := strings.Fields(s)
 	for i, w := range words {
-		if u, _, ok := strings.Cut(w, "?"); ok && strings.Contains(u, "://") {
+		if u, query, ok := strings.Cut(w, "?"); ok && (strings.Contains(u, "://") || strings.Contains(query, "=")) {
 			words[i] = u + "?REDACTED"
 		}
 	}

@@ -24,6 +24,7 @@ func TestClean(t *testing.T) {
 		{"12345678901", 10, "1234567890..."},
 		{"ééééé", 3, "é..."},
 		{"see https://h/p?sig=abc&x=1 there", 60, "see https://h/p?REDACTED there"},
+		{"relative /p?sig=abc&x=1 there", 60, "relative /p?REDACTED there"},
 		{"really? yes", 60, "really? yes"},
 	} {
 		if got := clean(tc.in, tc.limit); got != tc.want {

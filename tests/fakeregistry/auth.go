@@ -3,6 +3,7 @@ package fakeregistry
 import (
 	"cmp"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -26,6 +27,7 @@ type tokens struct {
 	username  string
 	passwords []string // any of them
 	issued    map[string]given
+	all       []string // ever issued
 }
 
 type given struct {
@@ -45,6 +47,18 @@ func (r *Registry) SetCredentials(username string, passwords ...string) {
 	r.tokens.username, r.tokens.passwords = username, passwords
 }
 
+// Secrets are what a client of this registry must not show: passwords, the identity
+// token, and all tokens that were given out.
+func (r *Registry) Secrets() []string {
+	r.tokens.mu.Lock()
+	defer r.tokens.mu.Unlock()
+	all := slices.Concat(r.tokens.passwords, []string{r.opts.IdentityToken}, r.tokens.all)
+	for _, p := range r.tokens.passwords {
+		all = append(all, base64.StdEncoding.EncodeToString([]byte(r.tokens.username+":"+p)))
+	}
+	return slices.DeleteFunc(all, func(s string) bool { return s == "" })
+}
+
 // admits says whether a request bears the right name and password; anybody does
 // where there is no name.
 func (t *tokens) admits(req *http.Request) bool {
@@ -62,6 +76,7 @@ func (t *tokens) issue(scope string) string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.issued[token] = given{scope, time.Now().Add(t.opts.TokenLife)}
+	t.all = append(t.all, token)
 	return token
 }
 

@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"fmt"
 	"net/http"
+	"strings"
 	"sync/atomic"
 )
 
@@ -143,6 +144,22 @@ func FlipBit(off int64) Fault {
 		}
 		return status, body
 	}}
+}
+
+// Echo refuses with a status, and with a message and headers that repeat what the
+// client sent in confidence.
+func Echo(status int) Plan {
+	return func(req *http.Request) *Fault {
+		secret := req.Header.Get("Authorization") + " " + req.URL.String()
+		if _, password, ok := req.BasicAuth(); ok {
+			secret += " " + password
+		}
+		_, bare, _ := strings.Cut(req.Header.Get("Authorization"), " ")
+		return &Fault{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Warning", secret)
+			refuse(w, status, "ECHO", secret+" "+bare)
+		})}
+	}
 }
 
 // Without takes a header off the answer.

@@ -154,6 +154,11 @@ func authTable() []row {
 		}},
 		{name: "credentials refused", registry: basic, plan: always(status(401, "WWW-Authenticate", `Basic realm="x"`)),
 			verdict: fail, err: refusal, says: "were refused"},
+		{name: "echo", registry: tokens, plan: plan(func() fakeregistry.Plan { return fakeregistry.Echo(404).Authorized() }),
+			verdict: fail, err: refusal, says: ": 404 "},
+		{name: "storage echoes", registry: signedFor(time.Minute), at: func(b *bed) {
+			b.registry.Storage().SetFault(fakeregistry.Echo(500).Every(2))
+		}},
 		{name: "signed URLs", registry: signedFor(time.Minute)},
 		{name: "signed URLs expire", registry: signedFor(time.Second), at: passes(time.Second)},
 		{name: "signed URLs revoked", registry: signedFor(time.Minute), at: func(b *bed) { b.registry.RevokeURLs() }},
