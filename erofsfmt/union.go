@@ -43,7 +43,8 @@ var errOneImage = errors.New("erofs: several layers are stored in several images
 // shown, nor are attributes named trusted.overlay.*.
 //
 // It differs from overlayfs where that shows too much: a root directory can be
-// opaque, too, and a device 0:0 is never listed.
+// opaque, too, and a device 0:0 is never listed. ReadDir begins with "." and "..", and
+// goes on by the bytes of the names.
 //
 // Parts of overlayfs that change what a name or an inode means (redirect_dir,
 // metacopy, whiteouts that are attributes) are ErrUnsupported.

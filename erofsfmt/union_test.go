@@ -514,3 +514,32 @@ func walkHostile(t *testing.T, im *Image, nid Nid, depth int, entries *int) {
 		return *entries < 2000
 	})
 }
+
+// TestRecent: what is remembered has a limit, and what is asked for stays longest.
+func TestRecent(t *testing.T) {
+	r := recent[int, string]{limit: 10 * (recentCost + 36)} // ten values of 36 bytes
+	for i := range 1000 {
+		r.put(i, "v", 36)
+		if kept := len(r.new) + len(r.old); kept > 10 {
+			t.Fatalf("%d values are kept", kept)
+		}
+		if v, ok := r.get(i); !ok || v != "v" {
+			t.Fatalf("%d is forgotten at once", i)
+		}
+	}
+	if _, ok := r.get(995); !ok {
+		t.Error("the last but four is forgotten")
+	}
+	if _, ok := r.get(900); ok {
+		t.Error("the last but a hundred is not")
+	}
+	r.put(1, "large", r.limit)
+	if _, ok := r.get(1); ok {
+		t.Error("what is larger than the limit is kept")
+	}
+	var none recent[int, string]
+	none.put(1, "v", 0)
+	if _, ok := none.get(1); ok {
+		t.Error("without a limit something is kept")
+	}
+}
