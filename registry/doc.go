@@ -82,8 +82,9 @@
 // certificates for a host from the certs.d directories that Options.CertDirs names.
 // A mirror that fails is left for the next place, and in the end for the registry.
 //
-// The package has no peer-to-peer transport, does not copy images by itself, does not sign or verify signatures
-// (Referrers only lists them), does not delete, does not write archives, unpacks no
-// compressed ones, does not maintain the referrers tag that stands in for the API
-// when a manifest with a subject is pushed, and knows nothing of what is in a blob.
+// The package has no peer-to-peer transport, does not copy images by itself, does not
+// sign or verify signatures (Referrers only lists them), does not delete, does not
+// write archives, unpacks no compressed ones, does not maintain the referrers tag that
+// stands in for the API when a manifest with a subject is pushed, and knows nothing of
+// what is in a blob.
 package registry
