@@ -66,7 +66,8 @@ type Options struct {
 	Label     string   // volume name, at most 16 bytes
 	UUID      [16]byte // derived from the image if zero
 	// InlineMax bytes at the end of a regular file, those that do not fill a block, lie behind its inode instead of
-	// in a block of their own. It makes images smaller, and metadata larger by file data. At most a block.
+	// in a block of their own. It makes images smaller, and metadata larger by file data. At most a block; of a tree of
+	// small files half a block leaves the image 1 to 2 % larger than that, and makes what listing it reads half as much.
 	InlineMax int
 
 	// ChunkSize, where it is not 0, lays uncompressed files out in chunks of so many bytes, a power of two from a block

@@ -247,6 +247,42 @@ func TestCompressFails(t *testing.T) {
 	}
 }
 
+// A writer that fails in the middle of the data, which several goroutines write, ends the build with all of them.
+func TestWriteOfCompressedFails(t *testing.T) {
+	for _, workers := range []int{1, 3} {
+		before := goleak.IgnoreCurrent()
+		f := &failingFrom{off: 3 << 20}
+		b, err := New(f, Options{Compression: Compression{Algorithm: LZ4}, Workers: workers, TempDir: t.TempDir()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Add(regular("noise", time.Unix(0, 0), content(1, 6<<20))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.Finish(t.Context()); !errors.Is(err, errTest) {
+			t.Errorf("%d workers: %v, want %v", workers, err, errTest)
+		}
+		if err := goleak.Find(before); err != nil {
+			t.Errorf("%d workers: %v", workers, err)
+		}
+		if !bytes.Equal(f.memory[:4096], make([]byte, 4096)) {
+			t.Errorf("%d workers: there is a superblock", workers)
+		}
+	}
+}
+
+type failingFrom struct {
+	memory
+	off int64
+}
+
+func (f *failingFrom) WriteAt(p []byte, off int64) (int, error) {
+	if off+int64(len(p)) > f.off {
+		return 0, errTest
+	}
+	return f.memory.WriteAt(p, off)
+}
+
 func buildErr(o Options) (int64, error) {
 	b, err := New(new(memory), o)
 	if err != nil {

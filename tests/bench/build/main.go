@@ -150,7 +150,7 @@ func (b *bench) tables(ctx context.Context) error {
 	}
 	version, _, _ := strings.Cut(string(said), "\n")
 	fmt.Printf("The peer is %s.\n\n", version)
-	if b.wants("tree") || b.wants("network") {
+	if b.wants("tree") {
 		if err := b.trees(ctx); err != nil {
 			return err
 		}

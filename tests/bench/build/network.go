@@ -22,6 +22,9 @@ func (b *bench) network(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := b.need(ctx); err != nil {
+		return err
+	}
 	steps := []struct {
 		name   string
 		script string // of the directory "$1"
@@ -44,6 +47,24 @@ func (b *bench) network(ctx context.Context) error {
 		}
 	}
 	fmt.Println("\nMounting included.")
+	return nil
+}
+
+// need makes the images that no other work has made.
+func (b *bench) need(ctx context.Context) error {
+	for _, kind := range b.kinds {
+		for who, build := range map[string]func(context.Context, string, string) (cost, error){
+			"ours":   b.ours,
+			"theirs": func(ctx context.Context, kind, source string) (cost, error) { return b.theirs(ctx, kind, source) },
+		} {
+			if _, err := os.Stat(b.image(kind, who)); err == nil {
+				continue
+			}
+			if _, err := build(ctx, kind, b.tree); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 
