@@ -173,3 +173,41 @@ func TestOverlayOfLayersFails(t *testing.T) {
 		t.Errorf("two layers for one: %v", err)
 	}
 }
+
+// staged makes what a server leaves that is killed while it mounts: hidden directories
+// on which something is mounted, and a lock that nobody holds.
+func (b *bench) staged(name string) (dir string, lock *os.File) {
+	b.t.Helper()
+	dir = filepath.Join(b.hidden, name)
+	must(b.t, errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(filepath.Join(dir, "0"), 0o700), os.Mkdir(filepath.Join(dir, "1"), 0o700)))
+	lock, err := os.Create(filepath.Join(dir, "lock"))
+	must(b.t, err)
+	b.t.Cleanup(func() { lock.Close() })
+	must(b.t, unix.Mount("test", filepath.Join(dir, "0"), "tmpfs", 0, ""))
+	return dir, lock
+}
+
+// TestOverlaySweeps: what a killed server left is taken away by the next; what another
+// uses, or another user owns, is not.
+func TestOverlaySweeps(t *testing.T) {
+	b := newBench(t)
+	left, _ := b.staged("erofs-oci-overlay-left")
+	used, lock := b.staged("erofs-oci-overlay-used")
+	others, _ := b.staged("erofs-oci-overlay-others")
+	strange, _ := b.staged("something-else")
+	must(t, os.Chown(others, 1, 1))
+	held := unix.Flock_t{Type: unix.F_WRLCK}
+	must(t, unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &held))
+	b.umount(b.mount("plain", backend.Overlay{Tmpfs: true}))
+	if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what was left is still there: %v", err)
+	}
+	for _, dir := range []string{used, others, strange} {
+		if _, err := backend.MountedDevice(filepath.Join(dir, "0"), "tmpfs"); err != nil {
+			t.Errorf("was taken away: %v", err)
+		}
+	}
+	must(t, lock.Close())
+	must(t, errors.Join(os.Chown(others, 0, 0), unix.Unmount(filepath.Join(strange, "0"), 0), os.RemoveAll(strange)))
+	b.umount(b.mount("plain", backend.Overlay{Tmpfs: true}))
+}

@@ -5,10 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -91,6 +89,9 @@ func (o Overlay) Mount(ctx context.Context, v Volume, target string, opts Option
 		return nil, err
 	}
 	m := newOverlayMount(target, upper, opts.Log)
+	if err := sweepStaged(o.Hidden); err != nil {
+		m.log.Warn("what a killed server left of an overlay stays", "err", err)
+	}
 	s, err := o.stage(opts.Name, len(layers))
 	if err == nil {
 		err = o.mountStaged(ctx, m, s, layers, opts)
@@ -239,71 +240,6 @@ func (m *overlayMount) Unmount() error {
 		err = Detach(m.target, m.device, true)
 	}
 	return err
-}
-
-// staging is where the parts of an overlay are mounted while it is made: hidden
-// directories in one that nobody else can enter.
-type staging struct {
-	dir    string
-	lower  []string // for Inner, called by their number in dir
-	memory string   // a tmpfs, or "" where there is none
-}
-
-// memoryName is that of staging.memory in staging.dir.
-const memoryName = "memory"
-
-// stage always returns what is to be closed.
-func (o Overlay) stage(name string, layers int) (*staging, error) {
-	s := &staging{}
-	dir, err := os.MkdirTemp(o.Hidden, "erofs-oci-overlay-")
-	if err != nil {
-		return s, err
-	}
-	s.dir = dir
-	// As /proc/self/mountinfo will show it.
-	real, err := RealDir(dir)
-	if err != nil {
-		return s, err
-	}
-	s.dir = real
-	for i := range layers {
-		lower := filepath.Join(real, strconv.Itoa(i))
-		if err := os.Mkdir(lower, 0o700); err != nil {
-			return s, err
-		}
-		s.lower = append(s.lower, lower)
-	}
-	if !o.Tmpfs && (o.Upper != "" || layers > 1) {
-		return s, nil
-	}
-	memory := filepath.Join(real, memoryName)
-	if err := os.Mkdir(memory, 0o700); err != nil {
-		return s, err
-	}
-	if err := unix.Mount(name, memory, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700"); err != nil {
-		return s, errors.Join(fmt.Errorf("mount a tmpfs for the overlay: %w%s", err, overlayAdvice(err, true)), os.Remove(memory))
-	}
-	s.memory = memory
-	return s, nil
-}
-
-// close takes the hidden directories away; never what may be mounted on one.
-func (s *staging) close() error {
-	var errs []error
-	if s.memory != "" {
-		if err := unix.Unmount(s.memory, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
-			errs = append(errs, fmt.Errorf("unmount %s: %w", s.memory, err))
-		}
-	}
-	for _, dir := range append(s.lower, s.memory, s.dir) {
-		if dir == "" {
-			continue
-		}
-		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // mount mounts the overlay of upper, which may be nil, over what is staged. It changes

@@ -94,11 +94,10 @@ func OpenLayers(ctx context.Context, layers []Layer, o Options) (*Image, error) 
 		})
 	}
 	opening.Wait()
-	for i := range errs {
-		errs[i] = u.numbered(i, errs[i])
-	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
+	for i, err := range errs {
+		if err != nil {
+			return nil, u.numbered(i, err) // one is enough: a registry that fails fails for all
+		}
 	}
 	return &Image{union: u, sb: u.super()}, nil
 }

@@ -27,6 +27,8 @@ func status(err error) fuse.Status {
 		return fuse.Status(syscall.ENODATA)
 	case isNotExist(err):
 		return fuse.ENOENT
+	case errors.Is(err, fs.ErrInvalid):
+		return fuse.EINVAL // a position that no directory entry has
 	}
 	return fuse.EIO
 }

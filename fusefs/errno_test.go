@@ -28,6 +28,7 @@ func TestStatus(t *testing.T) {
 		{&erofsfmt.FormatError{What: "cut off", Err: io.ErrUnexpectedEOF}, syscall.EIO},
 		{erofsfmt.ErrNoXattr, syscall.ENODATA},
 		{fmt.Errorf("x: %w", fs.ErrNotExist), syscall.ENOENT},
+		{fmt.Errorf("x: %w", fs.ErrInvalid), syscall.EINVAL},
 		{context.Canceled, syscall.EIO},
 		{context.DeadlineExceeded, syscall.EIO},
 		{errors.New("the registry answered 503"), syscall.EIO},

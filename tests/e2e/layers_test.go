@@ -104,6 +104,27 @@ func listsAlike(t *testing.T, want, got string) {
 	}
 }
 
+// TestLayersSeek: a position that no entry has is refused, and does no harm.
+func TestLayersSeek(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	dir := newSession(t).mount(pushLayers(t, layeredRegistry(t), "seek", layered.Cases()["files"]))
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	must(t, err)
+	defer unix.Close(fd)
+	for _, pos := range []int64{4, 1 << 40, 7<<54 | 3} {
+		_, err := unix.Seek(fd, pos, unix.SEEK_SET)
+		must(t, err)
+		if n, err := unix.Getdents(fd, make([]byte, 4096)); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("from %#x: %d bytes, %v", pos, n, err)
+		}
+	}
+	_, err = unix.Seek(fd, 0, unix.SEEK_SET)
+	must(t, err)
+	if n, err := unix.Getdents(fd, make([]byte, 4096)); n == 0 || err != nil {
+		t.Errorf("from the start: %d bytes, %v", n, err)
+	}
+}
+
 // TestLayersRandom: the same for layers that nobody thought of, with our own reader
 // below FUSE.
 func TestLayersRandom(t *testing.T) {

@@ -47,6 +47,8 @@ var guests = []struct{ suite, group string }{
 	{"bookworm-backports", "life"},
 	{"bookworm-backports", "reading"},
 	{"bookworm", "reading"},
+	{"bookworm-backports", "layers"},
+	{"bookworm", "layers"},
 }
 
 // bootPatience bounds one guest, from boot to power off.

@@ -35,7 +35,7 @@ type group struct {
 }
 
 // inside are the groups: what reads much, and what might go wrong between two
-// processors.
+// processors; images of several layers by themselves, since they take their time.
 var inside = map[string]group{
 	"life": {2, []check{
 		{"LargeTree", testLargeTree},
@@ -55,6 +55,8 @@ var inside = map[string]group{
 		{"Supervised", testSupervised},
 		{"OverlayReattached", testOverlayReattached},
 		{"LocalReattached", testLocalReattached},
+	}},
+	"layers": {2, []check{
 		{"Layers", testLayers},
 		{"LayersReattached", testLayersReattached},
 	}},

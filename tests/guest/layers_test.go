@@ -42,8 +42,9 @@ func squashedListing(t *testing.T, stack layered.Stack) []corpus.Entry {
 func testLayers(t *testing.T, _ version) {
 	r := startRegistry(t)
 	cases := layered.Cases()
+	cases["many"] = layered.Many(40)
 	// The others are for our own reader.
-	for n, name := range []string{"files", "deleted and back", "directory by file and back", "opaque root", "opaque root alone", "attributes", "130"} {
+	for n, name := range []string{"files", "deleted and back", "directory by file and back", "opaque root", "opaque root alone", "attributes", "many"} {
 		stack, repository := cases[name], fmt.Sprintf("case%d", n)
 		t.Run(name, func(t *testing.T) {
 			want := squashedListing(t, stack)
