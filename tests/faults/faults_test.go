@@ -89,8 +89,11 @@ func newBed(t *testing.T, r row) *bed {
 	if r.verdict == fail && r.err == unavailable {
 		o.ErrorWait, o.NoProgress = shortPatience, 3*shortPatience/4
 	}
-	if r.slow && r.verdict == succeed {
-		o.NoProgress = 2 * time.Second
+	if r.slow {
+		o.NoProgress = shortPatience // long enough not to be met by a machine that is busy
+	}
+	if r.slow && r.verdict == fail {
+		o.NoProgress = shortPatience / 5
 	}
 	b.open(o, digest.FromBytes(blob), blobSize)
 	if r.plan != nil {

@@ -376,3 +376,41 @@ func BenchmarkCold4KiB(b *testing.B) {
 	bound := latency + time.Duration(float64(chunk)/bandwidth*1e9)
 	b.ReportMetric(1.2*bound.Seconds()*1e3, "ms-bound")
 }
+
+// TestSequential holds a sequential reader to one fetch of each byte, and to few: the
+// window doubles up to spans of 4 MiB.
+func TestSequential(t *testing.T) {
+	const total = 64 << 20
+	l := newLine(t, newNoise(), total)
+	blob, done := l.open(t, blobcache.Options{})
+	defer done()
+	p := make([]byte, 128<<10)
+	for off := int64(0); off < total; off += int64(len(p)) {
+		if err := blob.ReadAt(t.Context(), p, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The first chunk was read when the blob was opened.
+	s := l.registry.Stats()
+	if s.BlobBytes != total-chunk || s.BlobGETs > 32 {
+		t.Errorf("%d GETs and %d bytes for %d", s.BlobGETs, s.BlobBytes, total-chunk)
+	}
+}
+
+// TestCold holds a reader that jumps about to one GET of one chunk a place.
+func TestCold(t *testing.T) {
+	const places = 50
+	l := newLine(t, newNoise(), 4<<30)
+	blob, done := l.open(t, blobcache.Options{})
+	defer done()
+	for i := range int64(places) {
+		off := (i*7 + 1) % places * (64 << 20)
+		if err := blob.ReadAt(t.Context(), make([]byte, 4<<10), off+4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// One of them is the first chunk, which is here.
+	if s := l.registry.Stats(); s.BlobGETs != places-1 || s.BlobBytes != (places-1)*chunk {
+		t.Errorf("%d GETs and %d bytes for %d places", s.BlobGETs, s.BlobBytes, places)
+	}
+}

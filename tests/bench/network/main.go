@@ -3,13 +3,20 @@
 // Debian (26 MB of lz4, 1,400 entries) from a registry in this process, which is
 // 20 ms away on a link of 25 MB/s. It prints tables in Markdown.
 //
-//	network [-binary bin/erofs-oci] [-image FILE] [-backends nbd,file,fuse]
-//	        [-latency 20ms] [-bandwidth 25000000] [-rounds 3]
+//	network [-binary bin/erofs-oci] [-image FILE | -large] [-backends nbd,file,fuse,nbdkit]
+//	        [-latency 20ms] [-bandwidth 25000000] [-file 3145728] [-rounds 3]
 //	network -guest bookworm-backports …
 //
 // With -guest it does the same in a guest with the kernel of that suite, which has
 // nbd; see package guest. The processor of a guest is emulated: there the GETs
 // count, and the ratio of the backends.
+//
+// -large is an image of 300 MB in place of Debian's, whose one file of 50 MB is read
+// by itself. What stands beside the backends:
+//
+//	download   the blob by one GET, into nothing
+//	nbdkit     nbdkit curl with its readahead and cache filters, nbdfuse, and the kernel's
+//	           erofs on a loop device: the same work by standard parts
 //
 // Each work of the first table has a mount, a cache directory and an empty page
 // cache of its own. ls -lR is what it asks the kernel for (readdir, lstat,
@@ -39,7 +46,9 @@ func main() {
 	var backends, suite string
 	flag.StringVar(&b.binary, "binary", "bin/erofs-oci", "the erofs-oci program")
 	flag.StringVar(&b.image, "image", "", "the EROFS image to read (default: one made of Debian)")
-	flag.StringVar(&backends, "backends", "nbd,file,fuse", "what to measure")
+	flag.BoolVar(&b.large, "large", false, "read an image of 300 MB with a file of 50 MB")
+	flag.Int64Var(&b.wanted, "file", 3<<20, "read the file by itself whose size is next to so many `BYTES`")
+	flag.StringVar(&backends, "backends", "nbd,file,fuse", "what to measure; nbdkit is the peer")
 	flag.DurationVar(&b.latency, "latency", 20*time.Millisecond, "until the first byte of each answer")
 	flag.Int64Var(&b.bandwidth, "bandwidth", 25_000_000, "`BYTES` a second of all answers together")
 	flag.IntVar(&b.rounds, "rounds", 3, "the median of so many rounds counts")
@@ -62,15 +71,20 @@ func (b *bench) main(ctx context.Context, suite string) (err error) {
 	if b.binary, err = filepath.Abs(b.binary); err != nil {
 		return err
 	}
-	if b.image == "" {
-		if b.image, err = debianImage(ctx); err != nil {
-			return err
-		}
-	}
 	if b.dir, err = os.MkdirTemp("", "erofs-oci-bench-"); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
+	switch {
+	case b.large:
+		b.wanted = largeFile
+		b.image, err = largeImage(ctx, b.dir)
+	case b.image == "":
+		b.image, err = debianImage(ctx)
+	}
+	if err != nil {
+		return err
+	}
 	if suite != "" {
 		return b.inGuest(ctx, suite)
 	}

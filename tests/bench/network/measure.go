@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
@@ -24,10 +26,13 @@ type bench struct {
 	latency            time.Duration
 	bandwidth          int64
 	rounds             int
+	large              bool
+	wanted             int64 // the size of the file whose reading is a work of its own
 
 	registry *fakeregistry.Registry
 	ref      string
-	size     int64 // of the image
+	blob     string // its URL
+	size     int64  // of the image
 	// usable are the backends that can mount here.
 	usable []string
 	// file is the one whose reading is a work of its own, and how long it is.
@@ -39,11 +44,16 @@ type bench struct {
 type cost struct {
 	time  time.Duration
 	gets  int
-	bytes int64
+	bytes int64 // fetched
+	read  int64 // of files, by the work
 }
 
 func (c cost) String() string {
-	return fmt.Sprintf("%.2f s, %d GETs, %.1f MB", c.time.Seconds(), c.gets, float64(c.bytes)/1e6)
+	s := fmt.Sprintf("%.2f s, %d GETs, %.1f MB", c.time.Seconds(), c.gets, float64(c.bytes)/1e6)
+	if c.read > 0 {
+		s += fmt.Sprintf(" (%.2f of what is read)", float64(c.bytes)/float64(c.read))
+	}
+	return s
 }
 
 func median(all []cost) cost {
@@ -83,10 +93,15 @@ func (b *bench) push(ctx context.Context) error {
 		return errors.Join(err, r.Close())
 	}
 	layer := ocipush.Layer{MediaType: registry.MediaTypeErofs, Data: f, Size: b.size}
+	d, err := digest.FromReader(io.NewSectionReader(f, 0, b.size))
+	if err != nil {
+		return errors.Join(err, r.Close())
+	}
 	if _, err := ocipush.Push(ctx, r.URL(), "bench/image:v1", []ocipush.Layer{layer}, ocipush.Options{}); err != nil {
 		return errors.Join(err, r.Close())
 	}
 	b.registry, b.ref = r, r.Addr()+"/bench/image:v1"
+	b.blob = r.URL() + "/v2/bench/image/blobs/" + d.String()
 	return nil
 }
 
@@ -101,7 +116,7 @@ func (b *bench) explore() error {
 			continue
 		}
 		b.usable = append(b.usable, backend)
-		b.file, b.fileSize, entries, err = survey(m.dir, 3<<20)
+		b.file, b.fileSize, entries, err = survey(m.dir, b.wanted)
 		if err := errors.Join(err, m.end()); err != nil {
 			return err
 		}
@@ -119,6 +134,7 @@ type mounted struct {
 	bench      *bench
 	dir, cache string
 	cost       cost
+	peer       *peer // nil: erofs-oci
 }
 
 // mount mounts with nothing in any cache, and counts from zero.
@@ -134,23 +150,31 @@ func (b *bench) mount(backend string) (*mounted, error) {
 	if err := dropCaches(); err != nil {
 		return nil, err
 	}
-	m.cost, err = m.measure(func() error {
-		return command(b.binary, "mount", "--backend="+backend, "--cache-dir="+m.cache, b.ref, m.dir)
+	m.cost, err = m.measure(func() (int64, error) {
+		if backend == nbdkit {
+			var err error
+			m.peer, err = startPeer(b.blob, m.cache, m.dir)
+			return 0, err
+		}
+		return 0, command(b.binary, "mount", "--backend="+backend, "--cache-dir="+m.cache, b.ref, m.dir)
 	})
 	return m, err
 }
 
 // measure counts what f asks the registry for.
-func (m *mounted) measure(f func() error) (cost, error) {
+func (m *mounted) measure(f func() (read int64, err error)) (cost, error) {
 	m.bench.registry.ResetStats()
 	begin := time.Now()
-	err := f()
+	read, err := f()
 	took := time.Since(begin)
 	s := m.bench.registry.Stats()
-	return cost{took, s.BlobGETs, s.BlobBytes}, err
+	return cost{took, s.BlobGETs, s.BlobBytes, read}, err
 }
 
 func (m *mounted) end() error {
+	if m.peer != nil {
+		return errors.Join(m.peer.end(), os.RemoveAll(m.cache), os.Remove(m.dir))
+	}
 	return errors.Join(command(m.bench.binary, "umount", m.dir), os.RemoveAll(m.cache), os.Remove(m.dir))
 }
 
@@ -168,13 +192,13 @@ func dropCaches() error { return os.WriteFile("/proc/sys/vm/drop_caches", []byte
 // A work is what is done in a mounted directory.
 type work struct {
 	name string
-	do   func(dir string) error
+	do   func(dir string) (read int64, err error)
 }
 
 func (b *bench) works() []work {
 	return []work{
 		{"`ls -lR`", list},
-		{fmt.Sprintf("a file of %.1f MB", float64(b.fileSize)/1e6), func(dir string) error {
+		{fmt.Sprintf("a file of %.1f MB", float64(b.fileSize)/1e6), func(dir string) (int64, error) {
 			return read(filepath.Join(dir, b.file))
 		}},
 		{"everything", readAll},
@@ -207,7 +231,11 @@ func (b *bench) network() error {
 		}
 		fmt.Println()
 	}
-	fmt.Println()
+	plain, err := b.download()
+	if err != nil {
+		return err
+	}
+	fmt.Printf("\nA plain download: %v. Load of the machine: %s.\n\n", plain, load())
 	return nil
 }
 
@@ -217,7 +245,7 @@ func (b *bench) once(backend string, w work) (mount, then cost, err error) {
 	if err != nil {
 		return cost{}, cost{}, err
 	}
-	then, err = m.measure(func() error { return w.do(m.dir) })
+	then, err = m.measure(func() (int64, error) { return w.do(m.dir) })
 	return m.cost, then, errors.Join(err, m.end())
 }
 
@@ -234,7 +262,7 @@ func (b *bench) cached() error {
 		if err := errors.Join(err, m.end()); err != nil {
 			return fmt.Errorf("%s: %w", backend, err)
 		}
-		if cold.gets+warm.gets > 0 {
+		if cold.gets+warm.gets > 0 && backend != nbdkit {
 			return fmt.Errorf("%s: reading everything once more took %d GETs", backend, cold.gets+warm.gets)
 		}
 		fmt.Printf("| %s | %.2f s | %.2f s |\n", backend, cold.time.Seconds(), warm.time.Seconds())
@@ -245,7 +273,7 @@ func (b *bench) cached() error {
 
 // again reads everything once, and then in each state of the page cache.
 func (m *mounted) again(rounds int) (cold, warm cost, err error) {
-	if err := readAll(m.dir); err != nil {
+	if _, err := readAll(m.dir); err != nil {
 		return cost{}, cost{}, err
 	}
 	var colds, warms []cost
@@ -254,7 +282,7 @@ func (m *mounted) again(rounds int) (cold, warm cost, err error) {
 			return cost{}, cost{}, err
 		}
 		for _, into := range []*[]cost{&colds, &warms} {
-			c, err := m.measure(func() error { return readAll(m.dir) })
+			c, err := m.measure(func() (int64, error) { return readAll(m.dir) })
 			if err != nil {
 				return cost{}, cost{}, err
 			}

@@ -11,8 +11,8 @@ import (
 )
 
 // list asks the kernel what ls -lR asks it.
-func list(dir string) error {
-	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+func list(dir string) (read int64, err error) {
+	return 0, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -37,29 +37,35 @@ func stat(path string) error {
 }
 
 // readAll is list, and reads each file.
-func readAll(dir string) error {
-	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+func readAll(dir string) (total int64, err error) {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		if err := stat(path); err != nil || !d.Type().IsRegular() {
 			return err
 		}
-		return read(path)
+		n, err := read(path)
+		total += n
+		return err
 	})
+	return total, err
 }
 
-func read(path string) error {
+func read(path string) (total int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer f.Close()
 	for p := make([]byte, 128<<10); ; {
-		if _, err := f.Read(p); errors.Is(err, io.EOF) {
-			return nil
-		} else if err != nil {
-			return err
+		n, err := f.Read(p)
+		total += int64(n)
+		if errors.Is(err, io.EOF) {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
 		}
 	}
 }
