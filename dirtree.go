@@ -21,13 +21,13 @@ import (
 // A dirTree is the tree below a directory of this machine. Nothing outside it is read, whatever symbolic links are
 // below it, or come to be there meanwhile.
 type dirTree struct {
-	root *os.Root
+	root *os.File
 	// oneFS leaves out what other file systems have on directories below; these stay as empty directories.
 	oneFS bool
 }
 
 func openDirTree(dir string, oneFS bool) (*dirTree, error) {
-	root, err := os.OpenRoot(dir)
+	root, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
 	return &dirTree{root, oneFS}, err
 }
 
@@ -47,6 +47,48 @@ func (t *dirTree) entries(ctx context.Context) iter.Seq2[mkerofs.Entry, error] {
 	}
 }
 
+// open opens a regular file by its path from the top, which no symbolic link is to be on. There may be very many files:
+// each is one system call to open, and the runtime's poller hears nothing of them.
+func (t *dirTree) open(at string) (io.ReadCloser, error) {
+	how := &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS}
+	for {
+		fd, err := unix.Openat2(int(t.root.Fd()), at, how)
+		switch {
+		case err == nil:
+			return plainFile(fd), nil
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			// EAGAIN: something was renamed meanwhile.
+		case errors.Is(err, unix.ENOSYS): // before Linux 5.6
+			root, err := os.OpenRoot("/proc/self/fd/" + strconv.Itoa(int(t.root.Fd())))
+			if err != nil {
+				return nil, err
+			}
+			defer root.Close()
+			return root.OpenFile(at, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+		default:
+			return nil, located(at, err)
+		}
+	}
+}
+
+// A plainFile is an open file.
+type plainFile int
+
+func (f plainFile) Read(p []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(f), p)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err == nil && n == 0 && len(p) > 0:
+			err = io.EOF
+		}
+		return max(n, 0), err
+	}
+}
+
+func (f plainFile) Close() error { return unix.Close(int(f)) }
+
 // errStop ends a walk whose caller has seen enough.
 var errStop = errors.New("stop")
 
@@ -62,10 +104,11 @@ type dirWalk struct {
 }
 
 func (w *dirWalk) all() error {
-	top, err := w.root.Open(".")
+	fd, err := openBelow(int(w.root.Fd()), ".")
 	if err != nil {
-		return err
+		return located("", err)
 	}
+	top := os.NewFile(uintptr(fd), ".")
 	defer top.Close()
 	var st unix.Stat_t
 	if err := unix.Fstat(int(top.Fd()), &st); err != nil {
@@ -147,7 +190,7 @@ func (w *dirWalk) entry(dir int, at, name string, st *unix.Stat_t) (mkerofs.Entr
 	switch kind {
 	case unix.S_IFREG:
 		e.Size = st.Size
-		e.Open = func() (io.ReadCloser, error) { return w.root.OpenFile(at, os.O_RDONLY|unix.O_NOFOLLOW, 0) }
+		e.Open = func() (io.ReadCloser, error) { return w.open(at) }
 	case unix.S_IFLNK:
 		e.Target, err = w.readlink(dir, name)
 	case unix.S_IFCHR, unix.S_IFBLK:
