@@ -45,6 +45,9 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 	if err != nil {
 		return nil, err
 	}
+	if len(layers) == 0 {
+		return nil, errors.New("the image has no layers")
+	}
 	if i := slices.IndexFunc(layers, func(l imageLayer) bool { return l.erofs }); i >= 0 {
 		return nil, fmt.Errorf("layer %d is %s: the image is one of EROFS already", i, layers[i].MediaType)
 	}
@@ -178,9 +181,9 @@ func (v *converter) convertLayers(ctx context.Context, layers []imageLayer, blob
 		if len(list) == len(layers)-1 {
 			role = "" // the top of several, or the only one
 		}
-		options := mkerofs.LayerOptions{Overlay: len(layers) > 1}
-		if len(list) > 0 {
-			options.Lower = lower
+		var options mkerofs.LayerOptions
+		if len(list) > 0 { // below the first one there is nothing to hide
+			options = mkerofs.LayerOptions{Overlay: true, Lower: lower}
 		}
 		desc, err := v.layer(ctx, role, func(ctx context.Context, l *mkerofs.Layers) error { return t.apply(ctx, l, f) }, options, made)
 		if err != nil {
