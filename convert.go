@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -41,7 +42,15 @@ type converted struct {
 
 // image converts one image, and sends all but the manifest under its name.
 func (v *converter) image(ctx context.Context, im *registry.Image, target string) (*converted, error) {
-	layers, err := imageLayers(ctx, v.src.Store, im)
+	config, err := v.config(ctx, im)
+	if err != nil {
+		return nil, err
+	}
+	known := ocispec.RootFS{DiffIDs: []digest.Digest{}}
+	if err := json.Unmarshal(config["rootfs"], &known); err != nil {
+		return nil, fmt.Errorf("rootfs of the configuration: %w", err)
+	}
+	layers, err := imageLayers(im, known.DiffIDs)
 	if err != nil {
 		return nil, err
 	}
@@ -50,10 +59,6 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 	}
 	if i := slices.IndexFunc(layers, func(l imageLayer) bool { return l.erofs }); i >= 0 {
 		return nil, fmt.Errorf("layer %d is %s: the image is one of EROFS already", i, layers[i].MediaType)
-	}
-	config, err := v.config(ctx, im)
-	if err != nil {
-		return nil, err
 	}
 	made := &converted{tar: im.Manifest.Descriptor, layers: len(layers)}
 	if made.platform, err = configPlatform(config); err != nil {

@@ -40,7 +40,11 @@ func openImageTree(ctx context.Context, s *openedStore, o treeOptions) (*imageTr
 	if err != nil {
 		return nil, err
 	}
-	layers, err := imageLayers(ctx, s.Store, im)
+	known, err := diffIDs(ctx, s.Store, im)
+	if err != nil {
+		return nil, err
+	}
+	layers, err := imageLayers(im, known)
 	if err != nil {
 		return nil, err
 	}
@@ -53,18 +57,22 @@ func openImageTree(ctx context.Context, s *openedStore, o treeOptions) (*imageTr
 	return &imageTree{store: s, layers: layers, alone: len(im.Layers) == 1, options: o}, nil
 }
 
-// imageLayers looks at the layers of an image: whether they can be read here, and what they hold.
-func imageLayers(ctx context.Context, s registry.Store, im *registry.Image) ([]imageLayer, error) {
-	var diffIDs []digest.Digest
+// diffIDs are those that the image's configuration has of its layers; nil for an artifact, which has no configuration.
+func diffIDs(ctx context.Context, s registry.Store, im *registry.Image) ([]digest.Digest, error) {
 	config, err := registry.ImageConfigIn(ctx, s, im)
-	switch {
-	case err == nil:
-		diffIDs = config.RootFS.DiffIDs
-		if len(diffIDs) != len(im.Layers) {
-			return nil, fmt.Errorf("the image's configuration knows %d layers, its manifest %d", len(diffIDs), len(im.Layers))
-		}
-	case !errors.Is(err, errors.ErrUnsupported): // an artifact, which has no configuration
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil, nil
+	}
+	if err != nil {
 		return nil, err
+	}
+	return append([]digest.Digest{}, config.RootFS.DiffIDs...), nil
+}
+
+// imageLayers looks at the layers of an image: whether they can be read here, and what they hold.
+func imageLayers(im *registry.Image, diffIDs []digest.Digest) ([]imageLayer, error) {
+	if diffIDs != nil && len(diffIDs) != len(im.Layers) {
+		return nil, fmt.Errorf("the image's configuration knows %d layers, its manifest %d", len(diffIDs), len(im.Layers))
 	}
 	var list []imageLayer
 	for i, l := range im.Layers {
