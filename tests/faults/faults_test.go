@@ -37,6 +37,8 @@ const (
 	patience      = 20 * time.Second
 	shortPatience = 2 * time.Second
 	slack         = 5 * time.Second
+	// queue is how long a fetch waits at most for those before it that get nothing.
+	queue = 5 * time.Second
 )
 
 // blob is what is read.
@@ -357,7 +359,7 @@ func (b *bed) checkError(err error, took time.Duration) bool {
 	}
 	deadline := slack
 	if b.row.err == unavailable {
-		deadline += b.wait
+		deadline += b.wait + queue
 	}
 	switch {
 	case got != b.row.err:
