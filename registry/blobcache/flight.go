@@ -3,6 +3,7 @@ package blobcache
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -153,10 +154,9 @@ func (f *flight) fly() error {
 		defer s.cache.ahead.Release(1)
 	}
 	if f.demanded > f.first {
-		if err := s.cache.fetches.Acquire(b.ctx, 1); err != nil {
+		if err := f.takeTurn(); err != nil {
 			return err
 		}
-		f.turn = true
 		defer f.endTurn()
 	}
 	if !f.owes() {
@@ -165,7 +165,7 @@ func (f *flight) fly() error {
 	off := f.first * s.chunkSize
 	n := min(f.end*s.chunkSize, s.size) - off
 	s.counters.fetches.Add(1)
-	if !f.turn {
+	if f.demanded == f.first {
 		s.counters.fetchesAhead.Add(1)
 	}
 	body, start, total, err := b.fetcher.Fetch(b.ctx, off, n)
@@ -184,6 +184,34 @@ func (f *flight) fly() error {
 	}
 	return nil
 }
+
+// takeTurn waits for one of the slots of what is waited for. They come free only as long as bytes come: whoever has
+// waited for quiet, and the blob had no byte for as long, goes without a slot. Those who have one wait for a network
+// in trouble, and to wait for them and then as long as they did would be several times as long as a reader may wait.
+func (f *flight) takeTurn() error {
+	s := f.blob.store
+	ctx, cancel := context.WithCancel(f.blob.ctx)
+	defer cancel()
+	var check *time.Timer
+	ready := make(chan struct{}) // check is set
+	check = time.AfterFunc(quiet, func() {
+		<-ready
+		if s.silent() {
+			cancel()
+		} else {
+			check.Reset(quiet)
+		}
+	})
+	close(ready)
+	defer check.Stop()
+	if f.turn = s.cache.fetches.Acquire(ctx, 1) == nil; f.turn {
+		return nil
+	}
+	return f.blob.ctx.Err()
+}
+
+// silent says whether no byte of the blob has come for a while.
+func (s *store) silent() bool { return time.Since(time.Unix(0, s.heard.Load())) >= quiet }
 
 // endTurn lets another demand begin, when no more of f's is outstanding.
 func (f *flight) endTurn() {
@@ -377,7 +405,9 @@ type flightReader struct {
 func (r flightReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	if n > 0 {
-		r.flight.heard.Store(time.Now().UnixNano())
+		now := time.Now().UnixNano()
+		r.flight.heard.Store(now)
+		r.flight.blob.store.heard.Store(now)
 		r.flight.blob.store.counters.bytesFetched.Add(int64(n))
 	}
 	return n, err

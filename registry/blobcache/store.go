@@ -19,6 +19,7 @@ type store struct {
 	present   bitmap
 	refs      int // guarded by Cache.mu
 	counters  counters
+	heard     atomic.Int64 // when the last byte came from the network
 
 	mu sync.Mutex // guards what follows, pending.flight, flight.receiving, Blob.closed going up, and bits going up
 	// inflight has every chunk that somebody is to bring; it is never present at the same time.

@@ -37,6 +37,8 @@ const (
 	patience      = 20 * time.Second
 	shortPatience = 2 * time.Second
 	slack         = 5 * time.Second
+	// queue is how long a fetch waits at most for those before it that get nothing.
+	queue = 5 * time.Second
 )
 
 // blob is what is read.
@@ -69,6 +71,7 @@ type bed struct {
 	client   *registry.Client
 	cached   *blobcache.Blob
 	log      *record
+	wait     time.Duration // of a read, for a network in trouble
 	restart  sync.WaitGroup
 }
 
@@ -93,8 +96,9 @@ func newBed(t *testing.T, r row) *bed {
 		o.NoProgress = shortPatience // long enough not to be met by a machine that is busy
 	}
 	if r.slow && r.verdict == fail {
-		o.NoProgress = shortPatience / 5
+		o.ErrorWait, o.NoProgress = 3*shortPatience, shortPatience/4
 	}
+	b.wait = o.ErrorWait
 	b.open(o, digest.FromBytes(blob), blobSize)
 	if r.plan != nil {
 		b.struck().SetFault(r.plan(b))
@@ -355,7 +359,7 @@ func (b *bed) checkError(err error, took time.Duration) bool {
 	}
 	deadline := slack
 	if b.row.err == unavailable {
-		deadline += shortPatience
+		deadline += b.wait + queue
 	}
 	switch {
 	case got != b.row.err:
