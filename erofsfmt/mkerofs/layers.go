@@ -47,8 +47,9 @@ type Layers struct {
 
 // A whiteout waits for the end of its layer.
 type whiteout struct {
-	dir  *node
-	name string // "" for all of dir
+	dir   *node
+	name  string // "" for all of dir
+	below *node  // what the layers below have in the place of dir, where that is known
 }
 
 const (
@@ -161,11 +162,11 @@ func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)
 	if err != nil {
 		return err
 	}
-	var dir *node
+	var at spot // the directory of the entry; none for the root
 	base := ""
 	if len(path) > 0 {
 		base = path[len(path)-1]
-		if dir, err = l.enter(path[:len(path)-1], true); err != nil {
+		if at, err = l.way(path[:len(path)-1], true); err != nil {
 			var file *notDirError
 			if form == WhiteoutsOCI && strings.HasPrefix(base, whiteoutPrefix) && errors.As(err, &file) {
 				// Something took the place of the directory. Tools say of each file in it that it is gone, too.
@@ -175,7 +176,7 @@ func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)
 		}
 	}
 	if form == WhiteoutsOCI {
-		if is, err := l.namedWhiteout(dir, base); is || err != nil {
+		if is, err := l.namedWhiteout(at, base); is || err != nil {
 			return err
 		}
 	}
@@ -189,29 +190,33 @@ func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)
 			return err
 		}
 		if l.whiteoutLink(&e, path, marks.whiteout) {
-			l.whiteouts = append(l.whiteouts, whiteout{dir, base})
+			l.whiteouts = append(l.whiteouts, whiteout{at.dir, base, at.below})
 			return nil
 		}
 	}
-	n, err := l.put(dir, base, e)
+	n, err := l.put(at.dir, base, e)
 	if err == nil && marks.opaque {
-		l.whiteouts = append(l.whiteouts, whiteout{n, ""})
+		below := l.below()
+		if at.dir != nil {
+			below = at.below.has(base)
+		}
+		l.whiteouts = append(l.whiteouts, whiteout{n, "", below})
 	}
 	return err
 }
 
 // namedWhiteout remembers the whiteout that a name is.
-func (l *Layers) namedWhiteout(dir *node, name string) (is bool, err error) {
+func (l *Layers) namedWhiteout(at spot, name string) (is bool, err error) {
 	switch hidden, ok := strings.CutPrefix(name, whiteoutPrefix); {
 	case name == whiteoutOpaque:
-		l.whiteouts = append(l.whiteouts, whiteout{dir, ""})
+		l.whiteouts = append(l.whiteouts, whiteout{at.dir, "", at.below})
 		return true, nil
 	case strings.HasPrefix(name, whiteoutOther):
 		return true, nil
 	case ok && (hidden == "" || hidden == "." || hidden == ".."):
 		return true, fmt.Errorf("whiteout of %q, which is no name", hidden)
 	case ok:
-		l.whiteouts = append(l.whiteouts, whiteout{dir, hidden})
+		l.whiteouts = append(l.whiteouts, whiteout{at.dir, hidden, at.below})
 		return true, nil
 	}
 	return false, nil
@@ -385,9 +390,20 @@ func (l *Layers) way(path []string, create bool) (spot, error) {
 	return trail[len(trail)-1], nil
 }
 
+// hides says that the layers below have something that w takes away. overlayfs lists a mark that hides nothing.
+func (w *whiteout) hides() bool {
+	if w.name == "" {
+		return w.below.isDir()
+	}
+	return w.below.has(w.name) != nil
+}
+
 // whiteOut does what a whiteout says, when all else of its layer is there.
 func (l *Layers) whiteOut(w whiteout) error {
 	if l.o.Overlay {
+		if l.below() != nil && !w.hides() {
+			return nil
+		}
 		return l.keepWhiteout(w)
 	}
 	if w.name == "" {

@@ -223,6 +223,9 @@ func TestLowerLayers(t *testing.T) {
 		{"a hard link to a file below", []string{"d/ 0700", "d/a = 1"}, []string{"b => d/a"}, "b = 1 x2, d/ 0700, d/a = 1 x2"},
 		{"a hard link through a link below", []string{"d/a = 1", "e -> d"}, []string{"b => e/a"}, "b = 1 x2, d/, d/a = 1 x2"},
 		{"a hard link to a file of both", []string{"a = 1"}, []string{"a = 2", "b => a"}, "a = 2 x2, b = 2 x2"},
+		{"whiteouts of nothing", []string{"d/"}, []string{".wh.x", "d/.wh.y", "e/.wh..wh..opq", "e/.wh.z"}, "d/, e/"},
+		{"an opaque directory", []string{"d/ 0700", "d/a = 1"}, []string{"d/.wh..wh..opq", "d/b = 2"}, "d/ 0700 trusted.overlay.opaque=y, d/b = 2"},
+		{"an opaque root", []string{"a = 1"}, []string{".wh..wh..opq", "b = 2"}, "./ trusted.overlay.opaque=y, b = 2"},
 		{"a whiteout where a file is below", []string{"d = 1"}, []string{"d/.wh.a"}, ""},
 	} {
 		var m memory
