@@ -47,6 +47,8 @@ func probes() map[string]func() error {
 		"veritysetup":     packaged("veritysetup", "cryptsetup-bin"),
 		"nbd-guest":       nbdGuest,
 		"debian":          debian,
+		"umoci":           program("umoci"),
+		"skopeo":          program("skopeo"),
 	}
 }
 
