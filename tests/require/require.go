@@ -48,6 +48,8 @@ func probes() map[string]func() error {
 		"nbd-guest":       nbdGuest,
 		"debian":          debian,
 		"umoci":           program("umoci"),
+		"xz":              packaged("xz", "xz-utils"),
+		"zstd":            program("zstd"),
 		"skopeo":          program("skopeo"),
 	}
 }
