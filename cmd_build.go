@@ -124,6 +124,9 @@ func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerof
 	}
 	defer func() { err = errors.Join(err, layers.Close()) }()
 	if err := fill(ctx, layers); err != nil {
+		if errors.Is(err, mkerofs.ErrTooMuch) {
+			err = fmt.Errorf("%w; --max-size allows more", err)
+		}
 		return nil, err
 	}
 	building = o.steps.begin("build", contentSize(b))

@@ -193,7 +193,16 @@ type tarTree struct {
 }
 
 func (t *tarTree) fill(ctx context.Context, l *mkerofs.Layers) (err error) {
-	archive, err := tarlayer.Open(t.r, ocispec.Descriptor{}, "")
+	r := t.r
+	if f, ok := r.(*os.File); ok && t.file == nil {
+		in, err := newInput(ctx, f)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, in.Close()) }()
+		r = in
+	}
+	archive, err := tarlayer.Open(r, ocispec.Descriptor{}, "")
 	if err != nil {
 		return fmt.Errorf("%s: %w", t.name, err)
 	}

@@ -26,6 +26,9 @@ type LayerOptions struct {
 	Warn func(path, what string)
 }
 
+// ErrTooMuch is the error of a layer that has more data than LayerOptions.MaxBytes leaves room for.
+var ErrTooMuch = errors.New("all files together have more")
+
 // Layers put the layers of a container image into a Builder, one over the other: tar archives
 // (https://github.com/opencontainers/image-spec/blob/main/layer.md), and, with ApplyEntries, trees.
 //

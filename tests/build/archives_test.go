@@ -147,13 +147,13 @@ func TestLayer(t *testing.T) {
 		}
 		type inode struct {
 			Type   string
-			Rdev   string
+			Device string
 			Xattrs []struct{ Name string }
 		}
 		var whiteout, covering inode
 		must(t, json.Unmarshal([]byte(u.must("stat", "--json", image, "a/file")), &whiteout),
 			json.Unmarshal([]byte(u.must("stat", "--json", image, "b")), &covering))
-		if whiteout.Type != "character device" {
+		if whiteout.Type != "character device" || whiteout.Device != "0:0" {
 			t.Errorf("the whiteout is %+v", whiteout)
 		}
 		if len(covering.Xattrs) != 1 || covering.Xattrs[0].Name != "trusted.overlay.opaque" {
