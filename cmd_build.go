@@ -124,21 +124,30 @@ func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerof
 	}
 	defer func() { err = errors.Join(err, layers.Close()) }()
 	if err := fill(ctx, layers); err != nil {
-		if errors.Is(err, mkerofs.ErrTooMuch) {
-			err = fmt.Errorf("%w; --max-size allows more", err)
-		}
-		return nil, err
+		return nil, lay.advise(err)
 	}
 	building = o.steps.begin("build", contentSize(b))
 	made := &built{}
 	made.size, err = b.Finish(ctx)
 	building.end(err)
 	if err != nil {
-		return nil, err
+		return nil, lay.advise(err)
 	}
 	made.stats = b.Stats()
 	made.digest, err = digest.FromReader(io.NewSectionReader(w, 0, made.size))
 	return made, err
+}
+
+// advise adds to an error of the builder, which knows of no flags, what can be done about it.
+func (lay *layout) advise(err error) error {
+	var path *os.PathError
+	switch {
+	case errors.Is(err, mkerofs.ErrTooMuch):
+		return fmt.Errorf("%w; --max-size allows more", err)
+	case errors.Is(err, unix.ENOSPC) && errors.As(err, &path) && filepath.Dir(path.Path) == filepath.Clean(lay.tmp):
+		return fmt.Errorf("%w; --tmp names another directory", err)
+	}
+	return err
 }
 
 // contentSize is how much data the files of a tree have.

@@ -71,7 +71,7 @@ func TestSources(t *testing.T) {
 		"oci-archive:nosuch.tar":   "no such file",
 		"docker-archive:./text":    "text",
 		"oci-archive:./short.tar":  "short.tar",
-		"./text":                   "text: layer 1",
+		"./text":                   "text: at byte ",
 		"./short.tar":              "unexpected EOF",
 		r.Addr() + "/nosuch:v1":    "nosuch",
 		r.Addr() + "/a/b:v1@sha25": "invalid reference format",
@@ -273,6 +273,7 @@ func TestFullDisk(t *testing.T) {
 			u.t = t
 			u.refuses(full, append([]string{"--quiet"}, args...)...)
 			u.refuses(small, append([]string{"--quiet"}, args...)...)
+			u.refuses("--tmp names another directory", append([]string{"--quiet"}, args...)...)
 			u.empty(small)
 		})
 	}
