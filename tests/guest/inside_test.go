@@ -60,6 +60,7 @@ var inside = map[string]group{
 		{"Corpus", testCorpus},
 		{"File", testFile},
 		{"Debian", testDebian},
+		{"Converted", testConverted},
 	}},
 }
 
