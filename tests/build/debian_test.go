@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -81,6 +82,7 @@ func testBuild(t *testing.T, f *fixture) {
 	want := u.digest("build", "-o", image, f.gzip)
 	kernelShows(t, image, f.want)
 	u.sound(f.utils, image)
+	f.erofsfuseShows(t, image)
 	u.same(f.rootfs, image)
 	u.same(f.zstd, image)
 
@@ -95,6 +97,26 @@ func testBuild(t *testing.T, f *fixture) {
 			t.Errorf("of %s: %s, want %s", source, got, want)
 		}
 	}
+}
+
+// erofsfuseShows is kernelShows for the reader of erofs-utils, which shows whole seconds.
+func (f *fixture) erofsfuseShows(t *testing.T, image string) {
+	t.Helper()
+	require.Has(t, "fuse")
+	dir := t.TempDir()
+	if said, err := f.utils.Command(t.Context(), "erofsfuse", image, dir).CombinedOutput(); err != nil {
+		t.Fatalf("erofsfuse: %v: %s", err, said)
+	}
+	defer func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	want := slices.Clone(f.want)
+	for i, e := range want {
+		want[i].MtimeNs = time.Unix(0, e.MtimeNs).Unix() * 1e9
+	}
+	shows(t, dir, want)
 }
 
 // testLayouts: whatever an image is made like, it is sound, shows the same, and is the same on one processor and on two.

@@ -2,6 +2,7 @@ package build
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"fmt"
@@ -346,6 +347,37 @@ func TestInterrupted(t *testing.T) {
 			}
 		}
 	})
+	t.Run("compressing", func(t *testing.T) {
+		u := newUser(t)
+		r := newRegistry(t, fakeregistry.Options{})
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		must(t, w.WriteHeader(&tar.Header{Name: "noise", Typeflag: tar.TypeReg, Size: 48 << 20}))
+		_, err := w.Write(bytes.Repeat(noise(1<<20), 48))
+		must(t, err, w.Close())
+		ref := pushRight(t, r, "long:v1", b.Bytes())
+		out := filepath.Join(t.TempDir(), "out.erofs")
+		cmd := u.command("build", "--compress=zstd,19", "--cluster-size=1MiB", "--workers=1", "-o", out, ref)
+		said, err := cmd.StderrPipe()
+		must(t, err, cmd.Start())
+		lines := bufio.NewReader(said)
+		// When the only layer is there, compression begins; it takes many seconds.
+		if line, err := lines.ReadString('\n'); err != nil || !strings.HasPrefix(line, "fetch layer ") {
+			t.Errorf("%q, %v", line, err)
+		}
+		must(t, cmd.Process.Signal(syscall.SIGINT))
+		begun := time.Now()
+		rest, err := io.ReadAll(lines)
+		must(t, err)
+		var none bytes.Buffer
+		if got := u.ended(cmd.Wait(), &none, &none); got.code != 1 || string(rest) != "erofs-oci: interrupted\n" {
+			t.Errorf("exit code %d: %q", got.code, rest)
+		}
+		if took := time.Since(begun); took > 10*time.Second {
+			t.Errorf("it went on for %v", took)
+		}
+		u.empty(filepath.Dir(out))
+	})
 	t.Run("standard input", func(t *testing.T) {
 		u := newUser(t)
 		out := filepath.Join(t.TempDir(), "out.erofs")
@@ -411,13 +443,12 @@ func stalled(t *testing.T, r *fakeregistry.Registry, data []byte) (ref string, a
 // TestBrokenOff: a layer that breaks off is gone on with where it ended; no byte is fetched twice.
 func TestBrokenOff(t *testing.T) {
 	u := newUser(t)
-	data := bytes.Clone(archive(t, tar.Header{Name: "f", Typeflag: tar.TypeReg}))
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	must(t, w.WriteHeader(&tar.Header{Name: "noise", Typeflag: tar.TypeReg, Size: 1 << 20}))
 	_, err := w.Write(noise(1 << 20))
 	must(t, err, w.Close())
-	data = b.Bytes()
+	data := b.Bytes()
 	layer := compressed(t, data)
 	name := digest.FromBytes(layer).String()
 	for _, command := range []string{"build", "convert"} {
