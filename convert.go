@@ -40,7 +40,7 @@ type converted struct {
 }
 
 // image converts one image, and sends all but the manifest under its name.
-func (v *converter) image(ctx context.Context, im *registry.Image, target string) (made *converted, err error) {
+func (v *converter) image(ctx context.Context, im *registry.Image, target string) (*converted, error) {
 	layers, err := imageLayers(ctx, v.src.Store, im)
 	if err != nil {
 		return nil, err
@@ -52,7 +52,7 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 	if err != nil {
 		return nil, err
 	}
-	made = &converted{tar: im.Manifest.Descriptor, layers: len(layers)}
+	made := &converted{tar: im.Manifest.Descriptor, layers: len(layers)}
 	if made.platform, err = configPlatform(config); err != nil {
 		return nil, err
 	}

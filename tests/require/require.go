@@ -35,6 +35,8 @@ func probes() map[string]func() error {
 		"mkfs.erofs":      program("mkfs.erofs"),
 		"bzip2":           program("bzip2"),
 		"docker-registry": program("docker-registry"),
+		"nginx":           program("nginx"),
+		"skopeo":          program("skopeo"),
 		"setpriv":         program("setpriv"),
 		"unshare":         program("unshare"),
 		"nbdinfo":         program("nbdinfo"),
@@ -50,7 +52,6 @@ func probes() map[string]func() error {
 		"umoci":           program("umoci"),
 		"xz":              packaged("xz", "xz-utils"),
 		"zstd":            program("zstd"),
-		"skopeo":          program("skopeo"),
 	}
 }
 
