@@ -229,7 +229,7 @@ func testPerLayer(t *testing.T, f *fixture) {
 	overlaid(t, layers, func(dir string) { sameByOverlay(t, dir, f.want) })
 	if severalLayers {
 		for _, backend := range []string{"file", "fuse"} {
-			u.mounted(backend, ref, func(dir string) { shows(t, dir, f.want) })
+			u.mounted(backend, ref, func(dir string) { sameByOverlay(t, dir, f.want) })
 		}
 	}
 }
