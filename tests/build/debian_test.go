@@ -89,8 +89,10 @@ func testBuild(t *testing.T, f *fixture) {
 	ociArchive, dockerArchive := filepath.Join(dir, "oci.tar"), filepath.Join(dir, "docker.tar")
 	skopeoCopy(t, "oci:"+f.layout+":app", "oci-archive:"+ociArchive+":app")
 	skopeoCopy(t, "oci:"+f.layout+":app", "docker-archive:"+dockerArchive+":debian/app:v1")
+	docker := f.registry + "/debian/docker:v1"
+	skopeoCopy(t, "docker://"+f.gzip, "docker://"+docker, "--format=v2s2")
 	for _, source := range []string{
-		f.zstd, "oci:" + f.layout + ":app", "oci-archive:" + ociArchive, "oci-archive:" + ociArchive + ":app",
+		f.zstd, docker, "oci:" + f.layout + ":app", "oci-archive:" + ociArchive, "oci-archive:" + ociArchive + ":app",
 		"docker-archive:" + dockerArchive, "docker-archive:" + dockerArchive + ":debian/app:v1", f.rootfs, image,
 	} {
 		if got := u.digest("build", "-o", filepath.Join(dir, "again.erofs"), "--overwrite", source); got != want {
@@ -302,6 +304,12 @@ func testPush(t *testing.T, f *fixture) {
 	}
 	u.same(f.rootfs, ref)
 	f.carried(t, ref, d, 0)
+	// In the older form, in pieces, and without what it could be verified by.
+	plain := ref + "-plain"
+	u.must("push", "--quiet", "--media-type=containerd", "--upload-chunk=1MiB", "--chunk-index=0", "--dm-verity=false", image, plain)
+	u.mounted("fuse", plain, func(dir string) { shows(t, dir, f.want) })
+	u.must("push", "--quiet", "--media-type=containerd", "--annotation=a=b=c", image, plain)
+	u.same(f.rootfs, plain)
 	// Again it is the same, and is not sent.
 	if said := u.run("push", image, ref); said.code != 0 || strings.Count(said.stderr, "it was there already") != 2 || !strings.Contains(said.stdout, d) {
 		t.Errorf("pushed again: %+v", said)

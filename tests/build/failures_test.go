@@ -405,16 +405,7 @@ func TestInterrupted(t *testing.T) {
 		write(t, source, data)
 		u.must("build", "--quiet", "-o", image, source)
 		r := newRegistry(t, fakeregistry.Options{})
-		at, once := make(chan struct{}), sync.Once{}
-		stall := make(chan struct{})
-		t.Cleanup(func() { close(stall) })
-		r.SetFault(func(req *http.Request) *fakeregistry.Fault {
-			if req.Method != http.MethodPut && req.Method != http.MethodPatch {
-				return nil
-			}
-			once.Do(func() { close(at) })
-			return &fakeregistry.Fault{Stall: stall, After: -1}
-		})
+		at := uploadStalls(t, r)
 		u.interrupted(u.command("push", "--quiet", image, r.Addr()+"/to:v1"), func() { <-at })
 		if s := r.Stats(); s.ManifestPUTs != 0 {
 			t.Errorf("%d manifests were put", s.ManifestPUTs)
@@ -484,25 +475,56 @@ func TestBrokenOff(t *testing.T) {
 
 // TestDead: a registry that dies in the middle of a layer is waited for no longer than the user says.
 func TestDead(t *testing.T) {
-	u := newUser(t)
-	r := newRegistry(t, fakeregistry.Options{})
-	ref, at := stalled(t, r, archive(t, file("x")))
-	out := filepath.Join(t.TempDir(), "out.erofs")
+	t.Run("fetching", func(t *testing.T) {
+		u := newUser(t)
+		r := newRegistry(t, fakeregistry.Options{})
+		ref, at := stalled(t, r, archive(t, file("x")))
+		out := filepath.Join(t.TempDir(), "out.erofs")
+		u.dies(r, at, "build", "--quiet", "--on-error=wait:2s", "-o", out, ref)
+		u.empty(filepath.Dir(out))
+	})
+	t.Run("uploading", func(t *testing.T) {
+		u := newUser(t)
+		base := filepath.Dir(u.tmp)
+		write(t, filepath.Join(base, "in.tar"), archive(t, file("x")))
+		u.must("build", "--quiet", "in.tar")
+		r := newRegistry(t, fakeregistry.Options{})
+		u.dies(r, uploadStalls(t, r), "push", "--quiet", "--on-error=wait:2s", "./in.erofs", r.Addr()+"/to:v1")
+	})
+}
+
+// dies runs the program, stops the registry when the channel is closed, and wants a line that names it.
+func (u *user) dies(r *fakeregistry.Registry, at <-chan struct{}, args ...string) {
+	u.t.Helper()
 	var stdout, stderr bytes.Buffer
-	cmd := u.command("build", "--quiet", "--on-error=wait:2s", "-o", out, ref)
+	cmd := u.command(args...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	must(t, cmd.Start())
+	must(u.t, cmd.Start())
 	<-at
 	r.Stop()
 	died := time.Now()
 	got := u.ended(cmd.Wait(), &stdout, &stderr)
 	if took := time.Since(died); took > 15*time.Second {
-		t.Errorf("it took %v to see that the registry is dead", took)
+		u.t.Errorf("it took %v to see that the registry is dead", took)
 	}
-	if got.code != 1 || strings.Count(got.stderr, "\n") != 1 || !strings.Contains(got.stderr, r.Addr()) {
-		t.Errorf("%+v", got)
+	if got.code != 1 || strings.Count(got.stderr, "\n") != 1 || !strings.Contains(got.stderr, r.Addr()) || got.stdout != "" {
+		u.t.Errorf("%+v", got)
 	}
-	u.empty(filepath.Dir(out))
+}
+
+// uploadStalls has uploads come to no end. The channel is closed when the first of them is there.
+func uploadStalls(t *testing.T, r *fakeregistry.Registry) <-chan struct{} {
+	t.Helper()
+	at, stall, once := make(chan struct{}), make(chan struct{}), sync.Once{}
+	t.Cleanup(func() { close(stall) })
+	r.SetFault(func(req *http.Request) *fakeregistry.Fault {
+		if req.Method != http.MethodPut && req.Method != http.MethodPatch {
+			return nil
+		}
+		once.Do(func() { close(at) })
+		return &fakeregistry.Fault{Stall: stall, After: -1}
+	})
+	return at
 }
 
 // TestRefusedPush: a registry that wants another password, or forbids it, is said to; the password is not.
