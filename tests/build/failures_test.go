@@ -493,6 +493,27 @@ func TestDead(t *testing.T) {
 	})
 }
 
+// TestRestart: a registry that is gone for a moment in the middle of an upload is waited for.
+func TestRestart(t *testing.T) {
+	u := newUser(t)
+	write(t, filepath.Join(filepath.Dir(u.tmp), "in.tar"), archive(t, file("x")))
+	u.must("build", "--quiet", "in.tar")
+	r := newRegistry(t, fakeregistry.Options{})
+	at := uploadStalls(t, r)
+	var out bytes.Buffer
+	cmd := u.command("push", "--quiet", "./in.erofs", r.Addr()+"/to:v1")
+	cmd.Stdout, cmd.Stderr = &out, &out
+	must(t, cmd.Start())
+	<-at
+	r.Stop()
+	r.SetFault(nil)
+	must(t, r.Start())
+	if got := u.ended(cmd.Wait(), &out, &bytes.Buffer{}); got.code != 0 {
+		t.Fatalf("%+v", got)
+	}
+	u.same("./in.erofs", r.Addr()+"/to:v1")
+}
+
 // dies runs the program, stops the registry when the channel is closed, and wants a line that names it.
 func (u *user) dies(r *fakeregistry.Registry, at <-chan struct{}, args ...string) {
 	u.t.Helper()
@@ -504,8 +525,8 @@ func (u *user) dies(r *fakeregistry.Registry, at <-chan struct{}, args ...string
 	r.Stop()
 	died := time.Now()
 	got := u.ended(cmd.Wait(), &stdout, &stderr)
-	if took := time.Since(died); took > 15*time.Second {
-		u.t.Errorf("it took %v to see that the registry is dead", took)
+	if took := time.Since(died); took < time.Second || took > 15*time.Second {
+		u.t.Errorf("it gave up after %v, and was told to wait for 2 s", took)
 	}
 	if got.code != 1 || strings.Count(got.stderr, "\n") != 1 || !strings.Contains(got.stderr, r.Addr()) || got.stdout != "" {
 		u.t.Errorf("%+v", got)
