@@ -61,6 +61,9 @@ func (p *program) build(c *cli.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, out.abandon()) }()
+	if o.output, err = out.id(); err != nil {
+		return err
+	}
 	made, err := buildTree(c.Context, at, o, lay, out.File)
 	if err != nil {
 		return err
@@ -206,6 +209,15 @@ func createOutput(name string, at place, replace bool) (*output, error) {
 		return nil, err
 	}
 	return &output{File: f, name: name, replace: replace}, nil
+}
+
+// id tells the file from others.
+func (o *output) id() (fileID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(o.Fd()), &st); err != nil {
+		return fileID{}, &os.PathError{Op: "stat", Path: o.File.Name(), Err: err}
+	}
+	return fileID{st.Dev, st.Ino}, nil
 }
 
 // publish gives the file its name.
