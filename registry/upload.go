@@ -101,7 +101,7 @@ func (u *upload) again(ctx context.Context, err error) error {
 	if lost {
 		return context.Cause(ctx) // nil: at once
 	}
-	u.wait.eager = !u.session.reached.Load() // it may have answered since the upload began
+	u.wait.eager = !u.session.reached.Load()
 	return u.wait.again(ctx, err)
 }
 
