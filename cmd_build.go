@@ -61,6 +61,9 @@ func (p *program) build(c *cli.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, out.abandon()) }()
+	if o.output, err = out.id(); err != nil {
+		return err
+	}
 	made, err := buildTree(c.Context, at, o, lay, out.File)
 	if err != nil {
 		return err
@@ -124,18 +127,30 @@ func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerof
 	}
 	defer func() { err = errors.Join(err, layers.Close()) }()
 	if err := fill(ctx, layers); err != nil {
-		return nil, err
+		return nil, lay.advise(err)
 	}
 	building = o.steps.begin("build", contentSize(b))
 	made := &built{}
 	made.size, err = b.Finish(ctx)
 	building.end(err)
 	if err != nil {
-		return nil, err
+		return nil, lay.advise(err)
 	}
 	made.stats = b.Stats()
 	made.digest, err = digest.FromReader(io.NewSectionReader(w, 0, made.size))
 	return made, err
+}
+
+// advise adds to an error of the builder, which knows of no flags, what can be done about it.
+func (lay *layout) advise(err error) error {
+	var path *os.PathError
+	switch {
+	case errors.Is(err, mkerofs.ErrTooMuch):
+		return fmt.Errorf("%w; --max-size allows more", err)
+	case errors.Is(err, unix.ENOSPC) && errors.As(err, &path) && filepath.Dir(path.Path) == filepath.Clean(lay.tmp):
+		return fmt.Errorf("%w; --tmp names another directory", err)
+	}
+	return err
 }
 
 // contentSize is how much data the files of a tree have.
@@ -194,6 +209,15 @@ func createOutput(name string, at place, replace bool) (*output, error) {
 		return nil, err
 	}
 	return &output{File: f, name: name, replace: replace}, nil
+}
+
+// id tells the file from others.
+func (o *output) id() (fileID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(o.Fd()), &st); err != nil {
+		return fileID{}, &os.PathError{Op: "stat", Path: o.File.Name(), Err: err}
+	}
+	return fileID{st.Dev, st.Ino}, nil
 }
 
 // publish gives the file its name.

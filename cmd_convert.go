@@ -104,9 +104,11 @@ func (p *program) newConverter(c *cli.Context, source, dest place) (v *converter
 		v.put.MountFrom = []string{source.ref.Repository}
 	}
 	if v.src, err = openStore(source, v.from.client); err != nil {
+		v.from.steps.close()
 		return nil, err
 	}
 	if v.sink, err = openSink(dest, v.from.client); err != nil {
+		v.from.steps.close()
 		return nil, errors.Join(err, v.src.Close())
 	}
 	return v, nil

@@ -41,7 +41,7 @@ type converted struct {
 }
 
 // image converts one image, and sends all but the manifest under its name.
-func (v *converter) image(ctx context.Context, im *registry.Image, target string) (*converted, error) {
+func (v *converter) image(ctx context.Context, im *registry.Image, target string) (_ *converted, err error) {
 	config, err := v.config(ctx, im)
 	if err != nil {
 		return nil, err
@@ -71,7 +71,7 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 		defer func() { err = errors.Join(err, blobs[i].Close()) }()
 	}
 	if !v.alone {
-		if err := v.copyImage(ctx, im, blobs); err != nil {
+		if err := v.copyBlobs(ctx, im, blobs); err != nil {
 			return nil, err
 		}
 	}
@@ -85,6 +85,12 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 	raw, err := erofsConfig(config, list)
 	if err != nil {
 		return nil, err
+	}
+	if !v.alone {
+		// Not before: a registry takes an image that no name leads to for garbage only without its manifest.
+		if _, err := v.sink.PutManifest(ctx, "", im.Manifest.MediaType, im.Manifest.Raw); err != nil {
+			return nil, fmt.Errorf("copy manifest: %w", err)
+		}
 	}
 	made.erofs, err = v.putImage(ctx, v.sink, target, raw, list, im.Annotations(), v.from.steps)
 	return made, err
@@ -142,8 +148,8 @@ func (v *converter) changeHistory(config document, layers int) error {
 	return config.set("history", history)
 }
 
-// copyImage sends the image as it is.
-func (v *converter) copyImage(ctx context.Context, im *registry.Image, blobs []*wholeBlob) error {
+// copyBlobs sends what the image consists of as it is, but for its manifest.
+func (v *converter) copyBlobs(ctx context.Context, im *registry.Image, blobs []*wholeBlob) error {
 	config := &wholeBlob{ctx: ctx, v: v, desc: im.Config}
 	err := v.send(ctx, v.sink, "copy configuration", im.Config, config, v.from.steps)
 	if err := errors.Join(err, config.Close()); err != nil {
@@ -154,11 +160,7 @@ func (v *converter) copyImage(ctx context.Context, im *registry.Image, blobs []*
 			return err
 		}
 	}
-	_, err = v.sink.PutManifest(ctx, "", im.Manifest.MediaType, im.Manifest.Raw)
-	if err != nil {
-		err = fmt.Errorf("copy manifest: %w", err)
-	}
-	return err
+	return nil
 }
 
 // convertLayers makes EROFS layers and sends them.

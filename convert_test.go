@@ -269,7 +269,7 @@ func TestConvertRefuses(t *testing.T) {
 		"EROFS already":          {[]string{r.Addr() + "/src:erofs", r.Addr() + "/dst:v1"}, exitFailure, "EROFS already"},
 		"no index":               {[]string{"--all-platforms", r.Addr() + "/src:good", r.Addr() + "/dst:v1"}, exitFailure, "leave --all-platforms out"},
 		"to a file":              {[]string{r.Addr() + "/src:good", "./x"}, exitUsage, "registry or to oci:DIR"},
-		"from a directory":       {[]string{".", r.Addr() + "/dst:v1"}, exitFailure, ""},
+		"from a directory":       {[]string{".", r.Addr() + "/dst:v1"}, exitUsage, "holds no container image"},
 		"a path":                 {[]string{"./", r.Addr() + "/dst:v1"}, exitUsage, "holds no container image"},
 		"one password for two":   {[]string{"--username=me", "docker.io/library/x", r.Addr() + "/dst:v1"}, exitUsage, "are two"},
 	} {

@@ -24,11 +24,13 @@ type dirTree struct {
 	root *os.File
 	// oneFS leaves out what other file systems have on directories below; these stay as empty directories.
 	oneFS bool
+	// except is left out: what is made of the tree may be in it.
+	except fileID
 }
 
 func openDirTree(dir string, oneFS bool) (*dirTree, error) {
 	root, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	return &dirTree{root, oneFS}, err
+	return &dirTree{root: root, oneFS: oneFS}, err
 }
 
 func (t *dirTree) Close() error { return t.root.Close() }
@@ -147,6 +149,9 @@ func (w *dirWalk) visit(dir int, at, name string) error {
 	var st unix.Stat_t
 	if err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return located(at, err)
+	}
+	if (fileID{st.Dev, st.Ino}) == w.except {
+		return nil
 	}
 	e, err := w.entry(dir, at, name, &st)
 	if err != nil {

@@ -183,12 +183,19 @@ func shortDigest(d digest.Digest) string {
 
 // apply puts a fetched layer on top of the others.
 func (t *imageTree) apply(ctx context.Context, l *mkerofs.Layers, f *fetching) error {
+	if err := t.applyTo(ctx, l, f); err != nil {
+		return fmt.Errorf("layer %d: %w", f.layer.Index, err)
+	}
+	return nil
+}
+
+func (t *imageTree) applyTo(ctx context.Context, l *mkerofs.Layers, f *fetching) error {
 	if !f.layer.erofs {
 		return l.ApplyAt(ctx, f.file, f.file.size)
 	}
 	im, err := erofsfmt.Open(ctx, scratchSource{f.file})
 	if err != nil {
-		return fmt.Errorf("layer %d: %w", f.layer.Index, err)
+		return err
 	}
 	form := mkerofs.WhiteoutsNone // an image of its own
 	if !t.alone {

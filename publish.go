@@ -218,7 +218,7 @@ func (o *publishing) send(ctx context.Context, sink registry.Sink, what string, 
 	}
 	step.end(err)
 	if err != nil {
-		return fmt.Errorf("%s %s: %w", what, desc.Digest, err)
+		return fmt.Errorf("%s: %w", what, err) // which names the blob
 	}
 	return nil
 }

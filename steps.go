@@ -17,6 +17,12 @@ type steps struct {
 	bars  *mpb.Progress // nil where there is no terminal
 	quiet bool
 	mu    sync.Mutex // guards w, where there are no bars
+
+	// Bars and the lines above them are drawn when refresh says so: by itself mpb leaves undrawn what was written since
+	// the last time.
+	refresh           chan any
+	stop, ended, down chan any
+	once              sync.Once
 }
 
 // A step is one of them. A nil step is one that nobody watches.
@@ -34,9 +40,30 @@ type step struct {
 func (p *program) newSteps(quiet bool) *steps {
 	s := &steps{w: p.stderr, quiet: quiet}
 	if !quiet && isTerminal(p.stderr) {
-		s.bars = mpb.New(mpb.WithOutput(p.stderr), mpb.WithRefreshRate(progressPause))
+		s.refresh, s.stop, s.ended, s.down = make(chan any), make(chan any), make(chan any), make(chan any)
+		s.bars = mpb.New(mpb.WithOutput(p.stderr), mpb.WithManualRefresh(s.refresh), mpb.WithShutdownNotifier(s.down))
+		go s.show()
 	}
 	return s
+}
+
+// show has the bars drawn now and then, and once more in the end.
+func (s *steps) show() {
+	defer close(s.ended)
+	tick := time.NewTicker(progressPause)
+	defer tick.Stop()
+	for more := true; more; {
+		select {
+		case <-tick.C:
+		case <-s.stop:
+			more = false
+		}
+		select {
+		case s.refresh <- time.Now():
+		case <-s.down: // the terminal is gone
+			return
+		}
+	}
 }
 
 // begin begins a step of so many bytes, 0 if that is not known.
@@ -117,9 +144,15 @@ func (s *steps) say(format string, args ...any) {
 		return
 	}
 	line := fmt.Sprintf(format, args...) + "\n"
+	s.line(line)
+}
+
+// line prints a line above the bars, if there are any yet.
+func (s *steps) line(line string) {
 	if s.bars != nil {
-		_, _ = s.bars.Write([]byte(line)) // fails once the bars have ended
-		return
+		if _, err := s.bars.Write([]byte(line)); err == nil {
+			return
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,7 +162,7 @@ func (s *steps) say(format string, args ...any) {
 // print prints a line of the command's output, above the bars if the terminal shows both.
 func (s *steps) print(w io.Writer, line string) {
 	if s.bars != nil && isTerminal(w) {
-		_, _ = s.bars.Write([]byte(line + "\n"))
+		s.line(line + "\n")
 		return
 	}
 	fmt.Fprintln(w, line)
@@ -137,20 +170,14 @@ func (s *steps) print(w io.Writer, line string) {
 
 // warn prints a line that also the quiet are to see.
 func (s *steps) warn(format string, args ...any) {
-	quiet := s.quiet
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	line := "erofs-oci: " + fmt.Sprintf(format, args...) + "\n"
-	if s.bars != nil && !quiet {
-		_, _ = s.bars.Write([]byte(line))
-		return
-	}
-	fmt.Fprint(s.w, line)
+	s.line("erofs-oci: " + fmt.Sprintf(format, args...) + "\n")
 }
 
 // close takes the bars away.
 func (s *steps) close() {
 	if s.bars != nil {
+		s.once.Do(func() { close(s.stop) })
+		<-s.ended
 		s.bars.Shutdown()
 	}
 }

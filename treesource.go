@@ -78,6 +78,9 @@ func parsePlace(typed string) (place, error) {
 			return p, err
 		}
 	}
+	if typed == "." || typed == ".." {
+		typed += "/"
+	}
 	ref, err := parseRef(typed)
 	if err != nil {
 		return p, err
@@ -131,7 +134,8 @@ type tree interface {
 type treeOptions struct {
 	selector registry.Selector // of an image
 	client   registry.Options
-	oneFS    bool // of a directory
+	oneFS    bool   // of a directory
+	output   fileID // is no part of one, though it may be there
 	stdin    io.Reader
 	scratch  *scratch
 	steps    *steps
@@ -165,7 +169,12 @@ func openPathTree(ctx context.Context, at place, o treeOptions) (tree, error) {
 		return nil, err
 	}
 	if st.IsDir() {
-		return openDirTree(at.path, o.oneFS)
+		t, err := openDirTree(at.path, o.oneFS)
+		if err != nil {
+			return nil, err
+		}
+		t.except = o.output
+		return t, nil
 	}
 	f, err := backend.OpenFile(at.path)
 	if err != nil {
@@ -193,7 +202,16 @@ type tarTree struct {
 }
 
 func (t *tarTree) fill(ctx context.Context, l *mkerofs.Layers) (err error) {
-	archive, err := tarlayer.Open(t.r, ocispec.Descriptor{}, "")
+	r := t.r
+	if f, ok := r.(*os.File); ok && t.file == nil {
+		in, err := newInput(ctx, f)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, in.Close()) }()
+		r = in
+	}
+	archive, err := tarlayer.Open(r, ocispec.Descriptor{}, "")
 	if err != nil {
 		return fmt.Errorf("%s: %w", t.name, err)
 	}

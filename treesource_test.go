@@ -26,6 +26,7 @@ func TestParsePlace(t *testing.T) {
 	}{
 		"-":                            {inStdin, "", "", ""},
 		"./d":                          {inPath, dir + "/d", "", "d"},
+		".":                            {inPath, dir, "", filepath.Base(dir)},
 		"/a/b.tar":                     {inPath, "/a/b.tar", "", "b"},
 		"file:x.erofs":                 {inPath, dir + "/x.erofs", "", "x"},
 		"rootfs.tar.gz":                {inPath, dir + "/rootfs.tar.gz", "", "rootfs"},

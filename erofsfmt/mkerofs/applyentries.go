@@ -34,11 +34,11 @@ func (l *Layers) ApplyEntries(ctx context.Context, entries iter.Seq2[Entry, erro
 			err = ctx.Err()
 		}
 		if err != nil {
-			return fmt.Errorf("layer %d: %w", l.layer, err)
+			return err
 		}
 		get := func() (Entry, error) { return e, l.count(&e) }
 		if err := l.entry(e.Path, form, get); err != nil {
-			return fmt.Errorf("layer %d, %.300q: %w", l.layer, e.Path, err)
+			return fmt.Errorf("%.300q: %w", e.Path, err)
 		}
 	}
 	return l.end()

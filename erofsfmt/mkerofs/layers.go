@@ -26,6 +26,9 @@ type LayerOptions struct {
 	Warn func(path, what string)
 }
 
+// ErrTooMuch is the error of a layer that has more data than LayerOptions.MaxBytes leaves room for.
+var ErrTooMuch = errors.New("all files together have more")
+
 // Layers put the layers of a container image into a Builder, one over the other: tar archives
 // (https://github.com/opencontainers/image-spec/blob/main/layer.md), and, with ApplyEntries, trees.
 //
@@ -118,14 +121,14 @@ func (l *Layers) apply(r io.Reader, pos *position, at io.ReaderAt) error {
 			return l.end()
 		}
 		if err != nil {
-			return fmt.Errorf("layer %d, at byte %d: %w", l.layer, pos.off, err)
+			return fmt.Errorf("at byte %d: %w", pos.off, err)
 		}
 		if h.Typeflag == tar.TypeXGlobalHeader {
 			continue
 		}
 		get := func() (Entry, error) { return l.fromTar(h, &tarData{r: tr, pos: pos, at: at}) }
 		if err := l.entry(h.Name, WhiteoutsOCI, get); err != nil {
-			return fmt.Errorf("layer %d, %.300q: %w", l.layer, h.Name, err)
+			return fmt.Errorf("%.300q: %w", h.Name, err)
 		}
 	}
 }
@@ -149,7 +152,7 @@ func (l *Layers) begin() error {
 func (l *Layers) end() error {
 	for _, w := range l.whiteouts {
 		if err := l.whiteOut(w); err != nil {
-			return fmt.Errorf("layer %d: %w", l.layer, err)
+			return err
 		}
 	}
 	return nil

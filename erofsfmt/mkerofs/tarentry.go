@@ -39,7 +39,7 @@ func (l *Layers) count(e *Entry) error {
 		return nil
 	}
 	if e.Size > math.MaxInt64-l.bytes || l.o.MaxBytes > 0 && l.bytes+e.Size > l.o.MaxBytes {
-		return fmt.Errorf("%d bytes: all files together have more than %d", e.Size, l.o.MaxBytes)
+		return fmt.Errorf("%d bytes: %w than %d", e.Size, ErrTooMuch, l.o.MaxBytes)
 	}
 	l.bytes += e.Size
 	return nil

@@ -60,7 +60,6 @@ const (
 )
 
 var (
-	open   = fakeregistry.Options{}
 	basic  = fakeregistry.Options{Auth: fakeregistry.Basic, Username: user, Password: password}
 	tokens = fakeregistry.Options{Auth: fakeregistry.Bearer, Username: user, Password: password}
 )

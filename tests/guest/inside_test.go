@@ -64,6 +64,7 @@ var inside = map[string]group{
 		{"Corpus", testCorpus},
 		{"File", testFile},
 		{"Debian", testDebian},
+		{"Converted", testConverted},
 	}},
 }
 

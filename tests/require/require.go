@@ -49,6 +49,9 @@ func probes() map[string]func() error {
 		"veritysetup":     packaged("veritysetup", "cryptsetup-bin"),
 		"nbd-guest":       nbdGuest,
 		"debian":          debian,
+		"umoci":           program("umoci"),
+		"xz":              packaged("xz", "xz-utils"),
+		"zstd":            program("zstd"),
 	}
 }
 
