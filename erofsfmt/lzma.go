@@ -140,7 +140,8 @@ func (p *lzmaProbs) reset(literalBits uint32) {
 // A rangeDecoder reads bits whose probabilities adapt. It is small enough to be
 // handed from function to function in registers, and reads from next, the
 // bytes from pos on, highest first, since input, position and bound would take
-// three registers of a loop that needs all that there are.
+// three registers of a loop that needs all that there are. For the same reason
+// the loops are functions: in their caller they would share its registers.
 type rangeDecoder struct {
 	next      uint64
 	pos       int
@@ -191,9 +192,9 @@ func (r rangeDecoder) bit(v uint32) (_ rangeDecoder, after uint16, mask uint) {
 	return r, uint16(v - uint32(int32(v+(lzmaRound&m))>>5)), uint(below >> 63)
 }
 
-// tree reads bits most significant first. It returns them behind a one.
-//
-//go:noinline
+// tree reads bits most significant first and returns them behind a one, which makes
+// them an index. Both probabilities of the next bit are loaded before the bit that
+// chooses between them is known, since that is what a loop waits for.
 func (r rangeDecoder) tree(probs []uint16) (rangeDecoder, uint) {
 	m, v := uint(1), uint32(probs[1])
 	for {
@@ -211,8 +212,6 @@ func (r rangeDecoder) tree(probs []uint16) (rangeDecoder, uint) {
 }
 
 // reverse reads bits least significant first.
-//
-//go:noinline
 func (r rangeDecoder) reverse(probs []uint16, count uint) (rangeDecoder, uint32) {
 	m, bits, v := uint(1), uint32(0), uint32(probs[1])
 	for i := uint(0); ; {
@@ -232,8 +231,6 @@ func (r rangeDecoder) reverse(probs []uint16, count uint) (rangeDecoder, uint32)
 
 // hinted reads the 8 bits of a literal after a match. The bits of the byte at the
 // match's distance are a hint, until one differs.
-//
-//go:noinline
 func (r rangeDecoder) hinted(probs *[0x300]uint16, hint uint) (rangeDecoder, uint) {
 	hint <<= 1
 	m, offs, bit := uint(1), uint(0x100), hint&0x100
@@ -260,8 +257,6 @@ func (r rangeDecoder) hinted(probs *[0x300]uint16, hint uint) (rangeDecoder, uin
 }
 
 // direct reads bits of equal probability, at most 26.
-//
-//go:noinline
 func (r rangeDecoder) direct(count uint) (rangeDecoder, uint32) {
 	v := uint32(0)
 	for range count {
@@ -275,12 +270,13 @@ func (r rangeDecoder) direct(count uint) (rangeDecoder, uint32) {
 	return r, v
 }
 
-// lzmaInRoom is more than a symbol can take of the input, and one fill more. The
-// most that one has is 22 bits with probabilities and 26 direct bits: 20 bytes
-// and a part.
+// lzmaInRoom is more than what a symbol can take of the input and a fill behind it.
+// A symbol has at most 22 bits with probabilities and 26 direct ones, which take
+// 21 bytes.
 const lzmaInRoom = 32
 
-// run fills dst. more says that the last match goes on behind it.
+// run fills dst. more says that the last match goes on behind it. No bit looks for
+// the end of the input: a symbol is begun only where there is room for it.
 func (s *lzmaState) run(dst, in []byte) (more bool, err error) {
 	di := 0
 	if len(in) >= lzmaInRoom {
@@ -294,7 +290,7 @@ func (s *lzmaState) run(dst, in []byte) (more bool, err error) {
 		n := copy(s.tail[:], in[start:])
 		clear(s.tail[n:])
 		s.rc.pos = 0
-		if di, err = s.symbols(dst, di, s.tail[:], n); err != nil {
+		if _, err = s.symbols(dst, di, s.tail[:], n); err != nil {
 			return false, err
 		}
 		if s.rc.pos > n {
@@ -317,6 +313,7 @@ func (s *lzmaState) ended(in []byte) bool {
 	return s.rc.code == 0 && s.rc.pos == len(in)
 }
 
+// The state is what the last symbols were: below 7, the last was a literal.
 var (
 	lzmaAfterLiteral = [lzmaStates]uint8{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 4, 5}
 	lzmaAfterMatch   = [lzmaStates]uint8{7, 7, 7, 7, 7, 7, 7, 10, 10, 10, 10, 10}
@@ -385,8 +382,6 @@ func (s *lzmaState) literalProbs(dst []byte, di int) *[0x300]uint16 {
 
 // repeat reads which of the last four distances a match has. one is false for a
 // match of one byte.
-//
-//go:noinline
 func (s *lzmaState) repeat(r rangeDecoder, posState uint32) (_ rangeDecoder, one bool) {
 	p, state, reps := &s.probs, s.state%lzmaStates, &s.reps
 	s.state = uint32(lzmaAfterRep[state])
@@ -413,8 +408,6 @@ func (s *lzmaState) repeat(r rangeDecoder, posState uint32) (_ rangeDecoder, one
 }
 
 // decode reads a length.
-//
-//go:noinline
 func (l *lzmaLen) decode(r rangeDecoder, in []byte, posState uint32) (rangeDecoder, int) {
 	r = r.normalize()
 	r, one := r.decide(&l.choice[0])
@@ -433,8 +426,6 @@ func (l *lzmaLen) decode(r rangeDecoder, in []byte, posState uint32) (rangeDecod
 }
 
 // distance reads the distance of a match that is not a repetition.
-//
-//go:noinline
 func (s *lzmaState) distance(r rangeDecoder, in []byte, n int) rangeDecoder {
 	p := &s.probs
 	r, m := r.fill(in).tree(p.slot[min(n-lzmaMinMatch, lzmaLenStates-1)][:])
