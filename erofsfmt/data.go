@@ -344,7 +344,7 @@ func (m *mapper) flushEncoded(ctx context.Context) error {
 // worthSharing is how many decoded bytes of each algorithm take about 100 µs:
 // less is not worth waking another processor for.
 var worthSharing = [ondisk.AlgCount]int64{
-	ondisk.AlgLz4: 256 << 10, ondisk.AlgZstd: 64 << 10, ondisk.AlgDeflate: 32 << 10, ondisk.AlgLzma: 8 << 10,
+	ondisk.AlgLz4: 256 << 10, ondisk.AlgZstd: 64 << 10, ondisk.AlgDeflate: 64 << 10, ondisk.AlgLzma: 8 << 10,
 }
 
 // decodePieces decodes contiguous pieces, which are in, on as many processors as

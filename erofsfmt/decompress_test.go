@@ -190,6 +190,30 @@ func TestLzmaProperties(t *testing.T) {
 	}
 }
 
+// A match of any length and distance, and a stream that is cut anywhere near its end
+// or is all near its end.
+func TestLzmaEnds(t *testing.T) {
+	d := &lzmaDecompressor{dict: 1 << 20}
+	for _, data := range [][]byte{repetitions(), text(5000, 3), text(50, 4), text(9, 5), {1}} {
+		in := compressLzma(t, data, lzma.Properties{LC: 3, LP: 0, PB: 2})
+		for n := len(data); n > 0; n -= 1 + len(data)/100 {
+			out := make([]byte, n)
+			if err := d.decode(out, in, true); err != nil || !bytes.Equal(out, data[:n]) {
+				t.Fatalf("the first %d of %d bytes: %v", n, len(data), err)
+			}
+		}
+		out := make([]byte, len(data))
+		if err := d.decode(out, append(bytes.Clone(in), 0), false); err != errLzmaEnd {
+			t.Errorf("%d bytes with one more behind them: %v", len(data), err)
+		}
+		for n := len(in) - 1; n >= max(0, len(in)-100); n-- {
+			if err := d.decode(out, in[:n], false); err != errLzmaShort && err != errLzmaEnd {
+				t.Errorf("%d bytes cut after %d of %d: %v", len(data), n, len(in), err)
+			}
+		}
+	}
+}
+
 // zipped is an image with one file in pclusters of a block, each made of at most
 // chunk bytes, as the full index describes them.
 func zipped(t testing.TB, data []byte, zeroPadded bool) *fake {

@@ -43,14 +43,15 @@ const (
 // A huffmanTable finds the entry of a code by the next huffmanBits of input, or,
 // for longer codes, by an entry that leads to the rest.
 //
-//	bits of an entry   0-4  length of the code
-//	                   5-7  flags
-//	                  8-12  how many bits follow the code
-//	                  16-   the literal, or what the bits are added to, or where
-//	                        in rest the longer codes are
+//	bits of an entry   0-5  how many bits the code has with those that follow it
+//	                   6-7  flags
+//	                  8-13  length of the code
+//	                    14  a flag
+//	                 16-30  the literal, or what the bits after the code are added
+//	                        to, or where in rest the longer codes are
+//	                    31  it is a literal
 //
-// Neither lengths nor distances are added to 0, so an entry without a value
-// and without a flag is no code.
+// The counts of bits are where a shift takes them without a mask.
 type huffmanTable struct {
 	primary  [1 << huffmanBits]uint32
 	rest     []uint32
@@ -58,10 +59,16 @@ type huffmanTable struct {
 }
 
 const (
-	huffmanBits    = 10
-	huffmanLiteral = 1 << 5
+	huffmanBits = 10
+	huffmanMask = 1<<huffmanBits - 1
+
 	huffmanLonger  = 1 << 6
-	huffmanEnd     = 1 << 7
+	huffmanNone    = 1 << 7 // no code
+	huffmanEnd     = 1 << 14
+	huffmanLiteral = 1 << 31
+
+	// A match has none of these, nor has nearly any literal.
+	huffmanSeldom = huffmanLonger | huffmanNone | huffmanEnd
 )
 
 // inflateEntries are what symbols stand for, without the length of their code.
@@ -86,77 +93,104 @@ func makeInflateEntries() *inflateEntries {
 	base := uint32(3)
 	for i := range 28 {
 		extra := uint32(max(0, i/4-1))
-		e.lit[257+i] = base<<16 | extra<<8
+		e.lit[257+i] = base<<16 | extra
 		base += 1 << extra
 	}
 	e.lit[285] = 258 << 16
+	e.lit[286], e.lit[287] = huffmanNone, huffmanNone
 	base = 1
 	for i := range 30 {
 		extra := uint32(max(0, i/2-1))
-		e.dist[i] = base<<16 | extra<<8
+		e.dist[i] = base<<16 | extra
 		base += 1 << extra
 	}
+	e.dist[30], e.dist[31] = huffmanNone, huffmanNone
 	for i := range e.codeLength {
-		e.codeLength[i] = uint32(i)<<16 | huffmanLiteral
+		e.codeLength[i] = uint32(i) << 16
 	}
 	return e
 }
 
 // build makes the table of the canonical code with these lengths. A code is
 // complete, or has one symbol of one bit where that is in order, or none.
+//
+// Codes are entered from the shortest on, into a table that is as large as their
+// length needs and doubles from one length to the next: that writes less than to
+// enter each code wherever it is a prefix.
 func (t *huffmanTable) build(lens []uint8, entries []uint32, single bool) error {
-	var count, next [inflateBits + 1]uint32
+	var count, next [inflateBits + 1]uint16
 	for _, l := range lens {
-		count[l]++
+		count[l&inflateBits]++
 	}
 	count[0] = 0
-	longest, code, left := 0, uint32(0), 1
+	longest, left := 0, 1
 	for l := 1; l <= inflateBits; l++ {
 		left = left<<1 - int(count[l])
 		if left < 0 {
 			return errInflateBlock
 		}
-		code = (code + count[l-1]) << 1
-		next[l] = code
 		if count[l] > 0 {
 			longest = l
 		}
+		next[l] = next[l-1] + count[l-1]
 	}
 	if left > 0 && (longest > 1 || longest == 1 && !single) {
 		return errInflateBlock
 	}
-	if left > 0 {
-		clear(t.primary[:])
-	}
-	t.rest = t.rest[:0]
-	t.restMask = 1<<max(0, longest-huffmanBits) - 1
-	if longest > huffmanBits {
-		clear(t.primary[:]) // an entry that leads to the rest is made once
-	}
+	var byCode [inflateLits]uint16
 	for symbol, l := range lens {
-		if l == 0 {
-			continue
+		if l > 0 {
+			byCode[next[l&inflateBits]] = uint16(symbol)
+			next[l&inflateBits]++
 		}
-		reversed := bits.Reverse32(next[l]) >> (32 - l)
-		next[l]++
-		t.set(reversed, uint(l), entries[symbol]|uint32(l))
 	}
+	t.enter(byCode[:], count[:], entries, longest)
 	return nil
 }
 
-// set enters a code, its first bit lowest, wherever it is a prefix.
-func (t *huffmanTable) set(code uint32, l uint, entry uint32) {
-	if l <= huffmanBits {
-		for i := code; i < 1<<huffmanBits; i += 1 << l {
-			t.primary[i] = entry
+// enter makes the table of symbols in the order of their codes, count[l] of which
+// have codes of l bits.
+func (t *huffmanTable) enter(symbols, count []uint16, entries []uint32, longest int) {
+	t.primary[0] = huffmanNone
+	code := uint32(0)
+	for l := 1; l <= huffmanBits; l++ {
+		half := 1 << (l - 1)
+		copy(t.primary[half:], t.primary[:half])
+		for _, symbol := range symbols[:count[l]] {
+			t.primary[code&huffmanMask] = entries[symbol] + uint32(l<<8|l)
+			code = nextCode(code, l)
 		}
-		return
+		symbols = symbols[count[l]:]
 	}
-	first := &t.primary[code&(1<<huffmanBits-1)]
-	if *first == 0 {
+	t.rest = t.rest[:0]
+	t.restMask = 1<<max(0, longest-huffmanBits) - 1
+	for l := huffmanBits + 1; l <= longest; l++ {
+		for _, symbol := range symbols[:count[l]] {
+			t.enterLonger(code, l, entries[symbol]+uint32(l<<8|l))
+			code = nextCode(code, l)
+		}
+		symbols = symbols[count[l]:]
+	}
+}
+
+// nextCode is the code of l bits after this one. Their first bit is the lowest,
+// so one is added from the other end; after the last code comes 0.
+func nextCode(code uint32, l int) uint32 {
+	zeros := ^code & (1<<(l&31) - 1)
+	if zeros == 0 {
+		return 0
+	}
+	highest := uint32(1) << ((bits.Len32(zeros) - 1) & 31)
+	return code&(highest-1) | highest
+}
+
+// enterLonger enters a code of more than huffmanBits bits.
+func (t *huffmanTable) enterLonger(code uint32, l int, entry uint32) {
+	first := &t.primary[code&huffmanMask]
+	if *first == huffmanNone {
 		*first = uint32(len(t.rest))<<16 | huffmanLonger
 		for range t.restMask + 1 {
-			t.rest = append(t.rest, 0)
+			t.rest = append(t.rest, huffmanNone)
 		}
 	}
 	rest := t.rest[*first>>16:][:t.restMask+1]
@@ -167,11 +201,22 @@ func (t *huffmanTable) set(code uint32, l uint, entry uint32) {
 
 // find returns the entry of the code that buf begins with.
 func (t *huffmanTable) find(buf uint64) uint32 {
-	e := t.primary[buf&(1<<huffmanBits-1)]
+	e := t.primary[buf&huffmanMask]
 	if e&huffmanLonger != 0 {
-		e = t.rest[uint64(e>>16)+buf>>huffmanBits&t.restMask]
+		e = t.longer(e, buf)
 	}
 	return e
+}
+
+// longer returns the entry that e leads to.
+func (t *huffmanTable) longer(e uint32, buf uint64) uint32 {
+	return t.rest[uint64(e>>16)+buf>>huffmanBits&t.restMask]
+}
+
+// huffmanValue is the length or distance of the code with entry e and of the bits
+// after it, which buf begins with.
+func huffmanValue(e uint32, buf uint64) int {
+	return int(e>>16) + int(buf&(1<<(e&63)-1)>>(e>>8&63))
 }
 
 // refill has at least 56 bits in buf; after the end of the input they are 0.
@@ -324,10 +369,10 @@ func (s *inflater) readCodes() error {
 	for i := 0; i < lits+dists; {
 		s.refill()
 		e := s.codeLength.find(s.buf)
-		if e == 0 {
+		if e&huffmanNone != 0 {
 			return errInflateCode
 		}
-		s.drop(uint(e & 31))
+		s.drop(uint(e & 63))
 		length, n := uint8(e>>16), 1
 		switch length {
 		case 16:
@@ -364,7 +409,8 @@ func (s *inflater) codedBlock(dst []byte, di int, prefix bool) (int, error) {
 	for err == nil && !ended {
 		s.refill()
 		e := s.lit.find(s.buf)
-		s.drop(uint(e & 31))
+		n := huffmanValue(e, s.buf)
+		s.drop(uint(e & 63))
 		switch {
 		case s.short():
 			return di, errInflateShort
@@ -372,135 +418,160 @@ func (s *inflater) codedBlock(dst []byte, di int, prefix bool) (int, error) {
 			return di, nil
 		case di == len(dst) && prefix:
 			return di, nil
-		case di == len(dst) && e != 0:
+		case e&huffmanNone != 0:
+			return di, errInflateCode
+		case di == len(dst):
 			return di, errLength
 		case e&huffmanLiteral != 0:
-			dst[di] = byte(e >> 16)
+			dst[di] = byte(n)
 			di++
 			continue
 		}
-		var n, dist int
-		if n, dist, err = s.match(e); err == nil {
-			if dist > di {
-				return di, errInflateMatch
-			}
-			if n > len(dst)-di && !prefix {
-				return di, errLength
-			}
-			di = copyMatch(dst, di, dist, n)
+		d := s.dist.find(s.buf)
+		dist := huffmanValue(d, s.buf)
+		s.drop(uint(d & 63))
+		switch {
+		case s.short():
+			return di, errInflateShort
+		case d&huffmanNone != 0:
+			return di, errInflateCode
+		case dist > di:
+			return di, errInflateMatch
+		case n > len(dst)-di && !prefix:
+			return di, errLength
 		}
+		di = copyMatch(dst, di, dist, n)
 	}
 	return di, err
 }
 
-// match reads what follows the code of a length.
-func (s *inflater) match(e uint32) (n, dist int, err error) {
-	n = int(e>>16) + int(s.take(uint(e>>8&31)))
-	d := s.dist.find(s.buf)
-	s.drop(uint(d & 31))
-	dist = int(d>>16) + int(s.take(uint(d>>8&31)))
-	switch {
-	case s.short():
-		err = errInflateShort
-	case e>>16 == 0 || d>>16 == 0:
-		err = errInflateCode
-	}
-	return n, dist, err
-}
-
-// What quickly needs to be left of input and output: input for one refill;
-// output for two literals and the longest match.
+// What quickly needs to be left of input and output: input for two refills, the
+// second at most 7 bytes after the first; output for two literals and the longest
+// match, which is written in whole words of 16 bytes.
 const (
-	inflateInRoom  = 8
-	inflateOutRoom = 2 + 258
+	inflateInRoom  = 7 + 8
+	inflateOutRoom = 2 + (258+15)&^15
 )
+
+// inflateStep is how far a word of bytes that repeat at a distance reaches in whole
+// repetitions. No distance is 0.
+var inflateStep = [8]uint8{8, 8, 8, 6, 8, 5, 6, 7}
 
 // quickly decodes as much of a block as it can without a look at the ends. It
 // has inflater's fields in registers, and is long because a call for each symbol
-// would take as much time as the symbol.
+// would take as much time as the symbol. Of n only the lowest 6 bits count, so
+// that a whole entry can be subtracted.
 func (s *inflater) quickly(dst []byte, di int) (_ int, ended bool, err error) {
-	in, pos, buf, n := s.in, s.pos, s.buf, s.n
+	if len(s.in) < inflateInRoom || len(dst) < inflateOutRoom {
+		return di, false, nil
+	}
+	// A slice has a register less where it ends with its memory.
+	in, dst := s.in[:len(s.in):len(s.in)], dst[:len(dst):len(dst)]
+	pos, buf, n := s.pos, s.buf, s.n
 	lit, dist := &s.lit, &s.dist
-	for pos+inflateInRoom <= len(in) && di+inflateOutRoom <= len(dst) {
-		buf |= binary.LittleEndian.Uint64(in[pos:]) << (n & 63)
-		pos += int(63-n) / 8
+	inEnd, outEnd := uint(len(in)-inflateInRoom), uint(len(dst)-inflateOutRoom)
+	for uint(pos) <= inEnd && uint(di) <= outEnd {
+		buf |= load64(in, pos) << (n & 63)
+		pos += int(^n >> 3 & 7)
 		n |= 56
-		e := lit.primary[buf&(1<<huffmanBits-1)]
-		if e&huffmanLiteral != 0 {
+		e := lit.primary[buf&huffmanMask]
+		if e >= huffmanLiteral {
 			// A short literal leaves enough for another one, and so on.
-			buf >>= e & 31
-			n -= uint(e & 31)
+			buf >>= e & 63
+			n -= uint(e)
 			dst[di] = byte(e >> 16)
 			di++
-			e = lit.primary[buf&(1<<huffmanBits-1)]
-			if e&huffmanLiteral != 0 {
-				buf >>= e & 31
-				n -= uint(e & 31)
+			e = lit.primary[buf&huffmanMask]
+			if e >= huffmanLiteral {
+				buf >>= e & 63
+				n -= uint(e)
 				dst[di] = byte(e >> 16)
 				di++
-				e = lit.primary[buf&(1<<huffmanBits-1)]
-			}
-			if n < 48 {
-				// Too few for the longest match, which has 48 bits.
-				if e&huffmanLiteral != 0 || pos+inflateInRoom > len(in) {
+				e = lit.primary[buf&huffmanMask]
+				if e >= huffmanLiteral {
+					buf >>= e & 63
+					n -= uint(e)
+					dst[di] = byte(e >> 16)
+					di++
 					continue
 				}
-				buf |= binary.LittleEndian.Uint64(in[pos:]) << (n & 63)
-				pos += int(63-n) / 8
-				n |= 56
+			}
+			// Perhaps too few are left for the longest match, which has 48 bits.
+			buf |= load64(in, pos) << (n & 63)
+			pos += int(^n >> 3 & 7)
+			n |= 56
+		}
+		if e&huffmanSeldom != 0 {
+			if e&huffmanLonger != 0 {
+				e = lit.longer(e, buf)
+			}
+			if e >= huffmanLiteral || e&huffmanSeldom != 0 {
+				ended = e&huffmanEnd != 0
+				if e&huffmanNone != 0 {
+					err = errInflateCode
+					break
+				}
+				buf >>= e & 63
+				n -= uint(e)
+				if ended {
+					break
+				}
+				dst[di] = byte(e >> 16)
+				di++
+				continue
 			}
 		}
-		if e&huffmanLonger != 0 {
-			e = lit.rest[uint64(e>>16)+buf>>huffmanBits&lit.restMask]
-		}
-		buf >>= e & 31
-		n -= uint(e & 31)
-		if e&huffmanLiteral != 0 {
-			dst[di] = byte(e >> 16)
-			di++
-			continue
-		}
-		if e>>16 == 0 {
-			ended = e&huffmanEnd != 0
-			if !ended {
+		length := huffmanValue(e, buf)
+		buf >>= e & 63
+		n -= uint(e)
+		d := dist.primary[buf&huffmanMask]
+		if d&huffmanSeldom != 0 {
+			if d&huffmanLonger != 0 {
+				d = dist.longer(d, buf)
+			}
+			if d&huffmanNone != 0 {
 				err = errInflateCode
+				break
 			}
-			break
 		}
-		extra := e >> 8 & 31
-		length := int(e>>16) + int(buf&(1<<extra-1))
-		buf >>= extra
-		n -= uint(extra)
-		d := dist.primary[buf&(1<<huffmanBits-1)]
-		if d&huffmanLonger != 0 {
-			d = dist.rest[uint64(d>>16)+buf>>huffmanBits&dist.restMask]
-		}
-		buf >>= d & 31
-		n -= uint(d & 31)
-		extra = d >> 8 & 31
-		back := int(d>>16) + int(buf&(1<<extra-1))
-		buf >>= extra
-		n -= uint(extra)
-		if d>>16 == 0 {
-			err = errInflateCode
-			break
-		}
+		back := huffmanValue(d, buf)
+		buf >>= d & 63
+		n -= uint(d)
 		if back > di {
 			err = errInflateMatch
 			break
 		}
-		if back >= 8 && length <= 16 {
-			// Most matches are short, and two words are quicker than a call.
-			to, from := dst[di:di+16], dst[di-back:]
-			binary.LittleEndian.PutUint64(to, binary.LittleEndian.Uint64(from))
-			binary.LittleEndian.PutUint64(to[8:], binary.LittleEndian.Uint64(from[8:]))
-			di += length
-			continue
+		// Most matches are short, and two words are quicker than a loop.
+		from := di - back
+		if back >= 8 {
+			store64(dst, di, load64(dst, from))
+			store64(dst, di+8, load64(dst, from+8))
+			for i := 16; i < length; i += 16 {
+				store64(dst, di+i, load64(dst, from+i))
+				store64(dst, di+i+8, load64(dst, from+i+8))
+			}
+		} else {
+			// The distance divides step, so the same word goes there again.
+			step := int(inflateStep[back&7])
+			word := load64(dst, from) & (1<<(8*uint(back)) - 1)
+			word |= word << (8 * uint(back))
+			word |= word << (16 * uint(back))
+			word |= word << (32 * uint(back))
+			for i := 0; i < length; i += step {
+				store64(dst, di+i, word)
+			}
 		}
-		di = copyMatch(dst, di, back, length)
+		di += length
 	}
 	// Whole bytes that were only peeked at are above n: they are read again.
-	s.pos, s.n = pos, n
-	s.buf = buf & (1<<n - 1)
+	s.pos, s.n = pos, n&63
+	s.buf = buf & (1<<s.n - 1)
 	return di, ended, err
 }
+
+// load64 and store64 name the end twice: without it a slice that is empty, and
+// has nothing to point to, would have to be provided for.
+
+func load64(b []byte, i int) uint64 { return binary.LittleEndian.Uint64(b[i : i+8 : i+8]) }
+
+func store64(b []byte, i int, v uint64) { binary.LittleEndian.PutUint64(b[i:i+8:i+8], v) }

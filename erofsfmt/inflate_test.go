@@ -123,6 +123,95 @@ func TestInflateFaults(t *testing.T) {
 	}
 }
 
+// repetitions has runs of many lengths at every short distance and some longer ones:
+// each way to copy a match, and its edges.
+func repetitions() []byte {
+	r := rand.New(rand.NewPCG(3, 4))
+	var data []byte
+	for distance := 1; distance <= 40; distance++ {
+		for _, length := range []int{3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 257, 258, 259, 600} {
+			start := len(data)
+			for range distance {
+				data = append(data, byte(r.Uint32()))
+			}
+			for range length {
+				data = append(data, data[len(data)-distance])
+			}
+			data = append(data, data[start:]...) // the same from farther away
+		}
+	}
+	return data
+}
+
+func TestInflateRepetitions(t *testing.T) {
+	data := repetitions()
+	for level := 1; level <= 9; level++ {
+		in := deflated(t, data, level)
+		// The careful loop decodes what is near the end, so all is near it once.
+		for n := len(data); n > 0; n -= 199 {
+			out := make([]byte, n)
+			if err := (&inflater{}).inflate(out, in, true); err != nil || !bytes.Equal(out, data[:n]) {
+				t.Fatalf("level %d, the first %d: %v", level, n, err)
+			}
+		}
+	}
+}
+
+// TestHuffmanTable: the code of RFC 1951, 3.2.2, by hand, and one with codes that are
+// longer than the table's index.
+func TestHuffmanTable(t *testing.T) {
+	entries := make([]uint32, 20)
+	for i := range entries {
+		entries[i] = uint32(i) << 16
+	}
+	long := []uint8{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15}
+	for _, c := range []struct {
+		lens   []uint8
+		symbol uint32
+		code   string
+	}{
+		{[]uint8{3, 3, 3, 3, 3, 2, 4, 4}, 0, "010"},
+		{[]uint8{3, 3, 3, 3, 3, 2, 4, 4}, 4, "110"},
+		{[]uint8{3, 3, 3, 3, 3, 2, 4, 4}, 5, "00"},
+		{[]uint8{3, 3, 3, 3, 3, 2, 4, 4}, 6, "1110"},
+		{[]uint8{3, 3, 3, 3, 3, 2, 4, 4}, 7, "1111"},
+		{[]uint8{0, 1}, 1, "0"},
+		{long, 0, "0"},
+		{long, 9, "1111111110"},
+		{long, 10, "11111111110"},
+		{long, 13, "11111111111110"},
+		{long, 14, "111111111111110"},
+		{long, 15, "111111111111111"},
+	} {
+		var table huffmanTable
+		if err := table.build(c.lens, entries, true); err != nil {
+			t.Fatalf("%v: %v", c.lens, err)
+		}
+		for _, after := range []uint64{0, 1<<20 - 1, 0xaaaaa} {
+			buf := after << len(c.code)
+			for i, bit := range c.code {
+				buf |= uint64(bit-'0') << i
+			}
+			l := uint32(len(c.code))
+			if e := table.find(buf); e != c.symbol<<16|l<<8|l {
+				t.Errorf("%v: %s before %x: %#x, want symbol %d", c.lens, c.code, after, e, c.symbol)
+			}
+		}
+	}
+	var table huffmanTable
+	if err := table.build([]uint8{0, 1}, entries, true); err != nil || table.find(1) != huffmanNone {
+		t.Errorf("a code that is not there: %#x, %v", table.find(1), err)
+	}
+	for _, lens := range [][]uint8{{1, 1, 1}, {1, 2}, {2, 2, 2}, {15}} {
+		if err := table.build(lens, entries, true); err != errInflateBlock {
+			t.Errorf("%v: %v", lens, err)
+		}
+	}
+	if err := table.build([]uint8{1}, entries, false); err != errInflateBlock {
+		t.Errorf("one code where two have to be: %v", err)
+	}
+}
+
 // FuzzInflate compares with the standard library: what it decodes we decode to
 // the same, and where it finds a fault there are no more bytes of ours than
 // before the fault.

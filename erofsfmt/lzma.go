@@ -1,6 +1,7 @@
 package erofsfmt
 
 import (
+	"encoding/binary"
 	"errors"
 	"sync"
 )
@@ -31,180 +32,35 @@ func (d *lzmaDecompressor) decode(dst, in []byte, prefix bool) error {
 	if err := s.init(in, d.dict); err != nil {
 		return err
 	}
-	more, err := s.run(dst)
+	more, err := s.run(dst, in)
 	if err != nil {
 		return err
 	}
-	if s.rc.over > 0 {
-		return errLzmaShort
-	}
 	// An encoder that ends with the output leaves nothing: no rest of a match, no
 	// input, and the range decoder at 0 after its last normalisation.
-	if s.rc.normalize(); !prefix && (more || s.rc.code != 0 || s.rc.pos != len(in)) {
+	if !prefix && (more || !s.ended(in)) {
 		return errLzmaEnd
 	}
 	return nil
 }
 
 const (
-	lzmaProbInit  = 1024               // one half of 1<<11
-	lzmaRound     = 1<<32 + 31 - 1<<11 // what is added to a probability before >>5 moves it up
-	lzmaStates    = 12
-	lzmaMaxPos    = 1 << 4
-	lzmaMinMatch  = 2
-	lzmaLenStates = 4
-	lzmaEndPos    = 14 // distances from this slot on have direct bits
+	lzmaProbInit = 1024               // one half of 1<<11
+	lzmaRound    = 1<<32 + 31 - 1<<11 // what is added to a probability before >>5 moves it up
+	lzmaStates   = 16                 // of which 12 are used
+	lzmaMaxPos   = 1 << 4
+
+	lzmaLiteralBits = 4 // of lc+lp at most
+	lzmaMinMatch    = 2
+	lzmaLenStates   = 4
+	lzmaEndPos      = 14 // distances from this slot on have direct bits
 )
-
-// A rangeDecoder reads bits whose probabilities adapt. Reading past the end
-// yields zeros and counts them.
-type rangeDecoder struct {
-	in   []byte
-	pos  int
-	over int
-	rng  uint32
-	code uint32
-}
-
-func (r *rangeDecoder) normalize() {
-	if r.rng < 1<<24 {
-		r.rng, r.code = r.rng<<8, r.code<<8|r.next()
-	}
-}
-
-func (r *rangeDecoder) next() uint32 {
-	if r.pos < len(r.in) {
-		b := r.in[r.pos]
-		r.pos++
-		return uint32(b)
-	}
-	r.over++
-	return 0
-}
-
-func (r *rangeDecoder) bit(p *uint16) uint32 {
-	if r.rng < 1<<24 {
-		r.normalize()
-	}
-	bound := r.rng >> 11 * uint32(*p)
-	if r.code < bound {
-		r.rng = bound
-		*p += (1<<11 - *p) >> 5
-		return 0
-	}
-	r.rng -= bound
-	r.code -= bound
-	*p -= *p >> 5
-	return 1
-}
-
-// The functions that read several bits hold the decoder's fields in registers, and
-// have no branch on a bit: in well compressed data nobody can foretell it. mask is
-// all ones for a 0.
-
-// tree reads bits most significant first; probs has 1<<bits entries.
-func (r *rangeDecoder) tree(probs []uint16, bits uint) uint32 {
-	rng, code := r.rng, r.code
-	m := uint32(1)
-	for range bits {
-		if rng < 1<<24 {
-			rng, code = rng<<8, code<<8|r.next()
-		}
-		p := &probs[m]
-		bound := rng >> 11 * uint32(*p)
-		below := int64(code) - int64(bound)
-		mask := uint32(below >> 63)
-		rng -= bound
-		rng += (bound - rng) & mask
-		code = uint32(below) + bound&mask
-		*p -= uint16(int32(uint32(*p)+(lzmaRound&mask)) >> 5)
-		m = m<<1 + 1 + mask
-	}
-	r.rng, r.code = rng, code
-	return m - 1<<bits
-}
-
-// reverse reads bits least significant first.
-func (r *rangeDecoder) reverse(probs []uint16, bits uint) uint32 {
-	rng, code := r.rng, r.code
-	m, v := uint32(1), uint32(0)
-	for i := range bits {
-		if rng < 1<<24 {
-			rng, code = rng<<8, code<<8|r.next()
-		}
-		p := &probs[m]
-		bound := rng >> 11 * uint32(*p)
-		below := int64(code) - int64(bound)
-		mask := uint32(below >> 63)
-		rng -= bound
-		rng += (bound - rng) & mask
-		code = uint32(below) + bound&mask
-		*p -= uint16(int32(uint32(*p)+(lzmaRound&mask)) >> 5)
-		m = m<<1 + 1 + mask
-		v |= (1 + mask) << i
-	}
-	r.rng, r.code = rng, code
-	return v
-}
-
-// hinted reads the 8 bits of a literal after a match; probs has 0x300 entries. The
-// bits of the byte at the match's distance are a hint, until one differs.
-func (r *rangeDecoder) hinted(probs []uint16, hint uint32) uint32 {
-	rng, code := r.rng, r.code
-	m, offs := uint32(1), uint32(0x100)
-	for range 8 {
-		if rng < 1<<24 {
-			rng, code = rng<<8, code<<8|r.next()
-		}
-		hint <<= 1
-		bit := hint & offs
-		p := &probs[offs+bit+m]
-		bound := rng >> 11 * uint32(*p)
-		below := int64(code) - int64(bound)
-		mask := uint32(below >> 63)
-		rng -= bound
-		rng += (bound - rng) & mask
-		code = uint32(below) + bound&mask
-		*p -= uint16(int32(uint32(*p)+(lzmaRound&mask)) >> 5)
-		m = m<<1 + 1 + mask
-		offs &= bit ^ mask
-	}
-	r.rng, r.code = rng, code
-	return m
-}
-
-// direct reads bits of equal probability.
-func (r *rangeDecoder) direct(bits uint) uint32 {
-	v := uint32(0)
-	for range bits {
-		r.normalize()
-		r.rng >>= 1
-		b := uint32(1)
-		if r.code < r.rng {
-			b = 0
-		} else {
-			r.code -= r.rng
-		}
-		v = v<<1 | b
-	}
-	return v
-}
 
 type lzmaLen struct {
 	choice [2]uint16
 	low    [lzmaMaxPos][8]uint16
 	mid    [lzmaMaxPos][8]uint16
 	high   [256]uint16
-}
-
-func (l *lzmaLen) decode(r *rangeDecoder, posState int) int {
-	if r.bit(&l.choice[0]) == 0 {
-		return int(r.tree(l.low[posState][:], 3))
-	}
-	if r.bit(&l.choice[1]) == 0 {
-		return 8 + int(r.tree(l.mid[posState][:], 3))
-	}
-	return 16 + int(r.tree(l.high[:], 8))
 }
 
 // lzmaProbs are the probabilities that a stream begins with at one half.
@@ -220,16 +76,19 @@ type lzmaProbs struct {
 	align      [16]uint16
 	match      lzmaLen
 	rep        lzmaLen
-	literal    [0x300 << 4]uint16 // for lc+lp up to 4
+	literal    [1 << lzmaLiteralBits][0x300]uint16
 }
 
+// An lzmaState decodes a stream.
 type lzmaState struct {
 	rc         rangeDecoder
-	lc, lpMask uint
-	posMask    int
-	dict       int
+	lc, lpMask uint32
+	posMask    uint32
+	dict       uint32
 	state      uint32
 	reps       [4]uint32
+	more       bool // the last match goes on behind the output
+	tail       [2 * lzmaInRoom]byte
 	probs      lzmaProbs
 }
 
@@ -237,20 +96,19 @@ func (s *lzmaState) init(in []byte, dict int) error {
 	if len(in) < 5 {
 		return errLzmaShort
 	}
-	props := uint(^in[0])
+	props := uint32(^in[0])
 	lc, lp, pb := props%9, props/9%5, props/45
-	if pb > 4 || lc+lp > 4 {
+	if pb > 4 || lc+lp > lzmaLiteralBits {
 		return errLzmaProps
 	}
-	s.lc, s.lpMask, s.posMask, s.dict = lc, 1<<lp-1, 1<<pb-1, dict
-	s.state, s.reps = 0, [4]uint32{}
-	s.rc = rangeDecoder{in: in, pos: 5, rng: 1<<32 - 1,
-		code: uint32(in[1])<<24 | uint32(in[2])<<16 | uint32(in[3])<<8 | uint32(in[4])}
+	s.lc, s.lpMask, s.posMask, s.dict = lc, 1<<lp-1, 1<<pb-1, uint32(dict)
+	s.state, s.reps, s.more = 0, [4]uint32{}, false
+	s.rc = rangeDecoder{pos: 5, rng: 1<<32 - 1, code: binary.BigEndian.Uint32(in[1:])}
 	s.probs.reset(lc + lp)
 	return nil
 }
 
-func (p *lzmaProbs) reset(literalBits uint) {
+func (p *lzmaProbs) reset(literalBits uint32) {
 	half := func(q []uint16) {
 		for i := range q {
 			q[i] = lzmaProbInit
@@ -274,107 +132,318 @@ func (p *lzmaProbs) reset(literalBits uint) {
 			half(l.mid[i][:])
 		}
 	}
-	half(p.literal[:0x300<<literalBits])
+	for i := range p.literal[:1<<literalBits] {
+		half(p.literal[i][:])
+	}
 }
 
-// run fills dst. more says that the last match goes on behind it.
-func (s *lzmaState) run(dst []byte) (more bool, err error) {
-	p := &s.probs
-	for di := 0; di < len(dst); {
-		if s.rc.over > 0 {
+// A rangeDecoder reads bits whose probabilities adapt. It is small enough to be
+// handed from function to function in registers, and reads from next, the
+// bytes from pos on, highest first, since input, position and bound would take
+// three registers of a loop that needs all that there are. For the same reason
+// the loops are functions: in their caller they would share its registers.
+type rangeDecoder struct {
+	next      uint64
+	pos       int
+	rng, code uint32
+}
+
+// fill provides the bytes for 8 bits. A bit takes at most 6.05 bits of the input,
+// since the least probability is 31/2048, so that the input moves by 7 bytes.
+func (r rangeDecoder) fill(in []byte) rangeDecoder {
+	r.next = binary.BigEndian.Uint64(in[r.pos : r.pos+8 : r.pos+8])
+	return r
+}
+
+func (r rangeDecoder) normalize() rangeDecoder {
+	if r.rng < 1<<24 {
+		r.rng <<= 8
+		r.code = r.code<<8 | uint32(r.next>>56)
+		r.next <<= 8
+		r.pos++
+	}
+	return r
+}
+
+// decide reads a bit that decides what comes next.
+func (r rangeDecoder) decide(p *uint16) (_ rangeDecoder, one bool) {
+	v := uint32(*p)
+	bound := r.rng >> 11 * v
+	if r.code < bound {
+		r.rng = bound
+		*p = uint16(v + (1<<11-v)>>5)
+		return r, false
+	}
+	r.rng -= bound
+	r.code -= bound
+	*p = uint16(v - v>>5)
+	return r, true
+}
+
+// bit reads a bit of probability v, without a branch on it: in well compressed data
+// nobody can foretell it. mask is all ones for a 0.
+func (r rangeDecoder) bit(v uint32) (_ rangeDecoder, after uint16, mask uint) {
+	bound := r.rng >> 11 * v
+	below := int64(r.code) - int64(bound)
+	m := uint32(below >> 63)
+	r.rng -= bound
+	r.rng += (bound - r.rng) & m
+	r.code = uint32(below) + bound&m
+	return r, uint16(v - uint32(int32(v+(lzmaRound&m))>>5)), uint(below >> 63)
+}
+
+// tree reads bits most significant first and returns them behind a one, which makes
+// them an index. Both probabilities of the next bit are loaded before the bit that
+// chooses between them is known, since that is what a loop waits for.
+func (r rangeDecoder) tree(probs []uint16) (rangeDecoder, uint) {
+	m, v := uint(1), uint32(probs[1])
+	for {
+		r = r.normalize()
+		var mask uint
+		r, probs[m], mask = r.bit(v)
+		m = m<<1 | 1
+		if m >= uint(len(probs)) {
+			return r, m + mask
+		}
+		v0, v1 := uint32(probs[m-1]), uint32(probs[m])
+		v = v1 ^ (v0^v1)&uint32(mask)
+		m += mask
+	}
+}
+
+// reverse reads bits least significant first.
+func (r rangeDecoder) reverse(probs []uint16, count uint) (rangeDecoder, uint32) {
+	m, bits, v := uint(1), uint32(0), uint32(probs[1])
+	for i := uint(0); ; {
+		r = r.normalize()
+		var mask uint
+		r, probs[m], mask = r.bit(v)
+		bits += uint32(1+mask) << (i & 31)
+		if i++; i >= count {
+			return r, bits
+		}
+		m = m<<1 | 1
+		v0, v1 := uint32(probs[m-1]), uint32(probs[m])
+		v = v1 ^ (v0^v1)&uint32(mask)
+		m += mask
+	}
+}
+
+// hinted reads the 8 bits of a literal after a match. The bits of the byte at the
+// match's distance are a hint, until one differs.
+func (r rangeDecoder) hinted(probs *[0x300]uint16, hint uint) (rangeDecoder, uint) {
+	hint <<= 1
+	m, offs, bit := uint(1), uint(0x100), hint&0x100
+	at := 0x101 + bit
+	v := uint32(probs[at])
+	for {
+		r = r.normalize()
+		var mask uint
+		r, probs[at], mask = r.bit(v)
+		m = m<<1 | 1
+		if m >= 0x100 {
+			return r, m + mask
+		}
+		hint <<= 1
+		offs0 := offs ^ bit
+		at0, at1 := offs0+hint&offs0+m-1, bit+hint&bit+m
+		v0, v1 := uint32(probs[at0]), uint32(probs[at1])
+		v = v1 ^ (v0^v1)&uint32(mask)
+		at = at1 ^ (at0^at1)&mask
+		offs = bit ^ offs&mask
+		bit = hint & offs
+		m += mask
+	}
+}
+
+// direct reads bits of equal probability, at most 26.
+func (r rangeDecoder) direct(count uint) (rangeDecoder, uint32) {
+	v := uint32(0)
+	for range count {
+		r = r.normalize()
+		r.rng >>= 1
+		below := int64(r.code) - int64(r.rng)
+		mask := uint32(below >> 63)
+		r.code = uint32(below) + r.rng&mask
+		v = v<<1 + 1 + mask
+	}
+	return r, v
+}
+
+// lzmaInRoom is more than what a symbol can take of the input and a fill behind it.
+// A symbol has at most 22 bits with probabilities and 26 direct ones, which take
+// 21 bytes.
+const lzmaInRoom = 32
+
+// run fills dst. more says that the last match goes on behind it. No bit looks for
+// the end of the input: a symbol is begun only where there is room for it.
+func (s *lzmaState) run(dst, in []byte) (more bool, err error) {
+	di := 0
+	if len(in) >= lzmaInRoom {
+		if di, err = s.symbols(dst, di, in, len(in)-lzmaInRoom); err != nil {
+			return false, err
+		}
+	}
+	if di < len(dst) {
+		// The end is decoded from a copy that has zeros behind it.
+		start := s.rc.pos
+		n := copy(s.tail[:], in[start:])
+		clear(s.tail[n:])
+		s.rc.pos = 0
+		if _, err = s.symbols(dst, di, s.tail[:], n); err != nil {
+			return false, err
+		}
+		if s.rc.pos > n {
 			return false, errLzmaShort
 		}
-		posState := di & s.posMask
-		if s.rc.bit(&p.isMatch[s.state][posState]) == 0 {
-			s.literal(dst, di)
+		s.rc.pos += start
+	}
+	return s.more, nil
+}
+
+// ended says whether the input ends as an encoder ends it.
+func (s *lzmaState) ended(in []byte) bool {
+	if s.rc.rng < 1<<24 {
+		s.rc.code <<= 8
+		if s.rc.pos < len(in) {
+			s.rc.code |= uint32(in[s.rc.pos])
+			s.rc.pos++
+		}
+	}
+	return s.rc.code == 0 && s.rc.pos == len(in)
+}
+
+// The state is what the last symbols were: below 7, the last was a literal.
+var (
+	lzmaAfterLiteral = [lzmaStates]uint8{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 4, 5}
+	lzmaAfterMatch   = [lzmaStates]uint8{7, 7, 7, 7, 7, 7, 7, 10, 10, 10, 10, 10}
+	lzmaAfterRep     = [lzmaStates]uint8{8, 8, 8, 8, 8, 8, 8, 11, 11, 11, 11, 11}
+	lzmaAfterShort   = [lzmaStates]uint8{9, 9, 9, 9, 9, 9, 9, 11, 11, 11, 11, 11}
+)
+
+// symbols decodes until dst is full or more than inEnd bytes of in are read. The
+// range decoder goes through it, and through what it calls, in registers.
+func (s *lzmaState) symbols(dst []byte, di int, in []byte, inEnd int) (_ int, err error) {
+	p, r := &s.probs, s.rc
+	for di < len(dst) && r.pos <= inEnd {
+		state, posState := s.state%lzmaStates, uint32(di)&s.posMask%lzmaMaxPos
+		r = r.fill(in).normalize()
+		var one bool
+		if r, one = r.decide(&p.isMatch[state][posState]); !one {
+			probs := s.literalProbs(dst, di)
+			r = r.fill(in)
+			var m uint
+			if state < 7 {
+				r, m = r.tree(probs[:0x100])
+			} else {
+				r, m = r.hinted(probs, uint(dst[di-int(s.reps[0])-1]))
+			}
+			dst[di] = byte(m)
 			di++
+			s.state = uint32(lzmaAfterLiteral[state])
 			continue
 		}
-		var n int
-		if s.rc.bit(&p.isRep[s.state]) == 0 {
-			n = s.match(posState)
-		} else {
-			n = s.repeat(posState)
+		n := 1
+		r = r.normalize()
+		if r, one = r.decide(&p.isRep[state]); !one {
+			s.state = uint32(lzmaAfterMatch[state])
+			r, n = p.match.decode(r, in, posState)
+			r = s.distance(r, in, n)
+		} else if r, one = s.repeat(r, posState); one {
+			r, n = p.rep.decode(r, in, posState)
 		}
-		if uint64(s.reps[0]) >= uint64(min(di, s.dict)) {
-			return false, errLzmaMatch
+		if s.reps[0] >= min(uint32(di), s.dict) {
+			err = errLzmaMatch
+			break
 		}
-		more = n > len(dst)-di
-		di = copyMatch(dst, di, int(s.reps[0])+1, n)
+		back := int(s.reps[0]) + 1
+		if back >= 8 && n <= 16 && len(dst)-di >= 16 {
+			// Most matches are short, and two words are quicker than a call.
+			store64(dst, di, load64(dst, di-back))
+			store64(dst, di+8, load64(dst, di-back+8))
+			di += n
+			continue
+		}
+		s.more = n > len(dst)-di
+		di = copyMatch(dst, di, back, n)
 	}
-	return more, nil
+	s.rc = r
+	return di, err
 }
 
-func (s *lzmaState) literal(dst []byte, di int) {
-	prev := uint(0)
+// literalProbs are the probabilities of a literal that follows what is decoded.
+func (s *lzmaState) literalProbs(dst []byte, di int) *[0x300]uint16 {
+	ctx := uint32(di) & s.lpMask << (s.lc & 31)
 	if di > 0 {
-		prev = uint(dst[di-1])
+		ctx += uint32(dst[di-1]) >> ((8 - s.lc) & 31)
 	}
-	ctx := (uint(di)&s.lpMask)<<s.lc | prev>>(8-s.lc)
-	probs := s.probs.literal[0x300*ctx:][:0x300]
-	var m uint32
-	if s.state >= 7 {
-		m = s.rc.hinted(probs, uint32(dst[di-int(s.reps[0])-1]))
-	} else {
-		m = s.rc.tree(probs, 8)
-	}
-	dst[di] = byte(m)
-	switch {
-	case s.state < 4:
-		s.state = 0
-	case s.state < 10:
-		s.state -= 3
-	default:
-		s.state -= 6
-	}
+	return &s.probs.literal[ctx%(1<<lzmaLiteralBits)]
 }
 
-// match reads the length and distance of a match that is not a repetition.
-func (s *lzmaState) match(posState int) int {
-	n := s.probs.match.decode(&s.rc, posState)
-	s.state = s.next(7, 10)
-	copy(s.reps[1:], s.reps[:3])
-	slot := s.rc.tree(s.probs.slot[min(n, lzmaLenStates-1)][:], 6)
+// repeat reads which of the last four distances a match has. one is false for a
+// match of one byte.
+func (s *lzmaState) repeat(r rangeDecoder, posState uint32) (_ rangeDecoder, one bool) {
+	p, state, reps := &s.probs, s.state%lzmaStates, &s.reps
+	s.state = uint32(lzmaAfterRep[state])
+	r = r.normalize()
+	if r, one = r.decide(&p.isRep0[state]); !one {
+		r = r.normalize()
+		if r, one = r.decide(&p.isRep0Long[state][posState%lzmaMaxPos]); !one {
+			s.state = uint32(lzmaAfterShort[state])
+		}
+		return r, one
+	}
+	r = r.normalize()
+	if r, one = r.decide(&p.isRep1[state]); !one {
+		reps[0], reps[1] = reps[1], reps[0]
+		return r, true
+	}
+	r = r.normalize()
+	if r, one = r.decide(&p.isRep2[state]); !one {
+		reps[0], reps[1], reps[2] = reps[2], reps[0], reps[1]
+		return r, true
+	}
+	reps[0], reps[1], reps[2], reps[3] = reps[3], reps[0], reps[1], reps[2]
+	return r, true
+}
+
+// decode reads a length.
+func (l *lzmaLen) decode(r rangeDecoder, in []byte, posState uint32) (rangeDecoder, int) {
+	r = r.normalize()
+	r, one := r.decide(&l.choice[0])
+	var m uint
+	if !one {
+		r, m = r.fill(in).tree(l.low[posState%lzmaMaxPos][:])
+		return r, int(m) - 8 + lzmaMinMatch
+	}
+	r = r.normalize()
+	if r, one = r.decide(&l.choice[1]); !one {
+		r, m = r.fill(in).tree(l.mid[posState%lzmaMaxPos][:])
+		return r, int(m) + lzmaMinMatch
+	}
+	r, m = r.fill(in).tree(l.high[:])
+	return r, int(m) - 256 + 16 + lzmaMinMatch
+}
+
+// distance reads the distance of a match that is not a repetition.
+func (s *lzmaState) distance(r rangeDecoder, in []byte, n int) rangeDecoder {
+	p := &s.probs
+	r, m := r.fill(in).tree(p.slot[min(n-lzmaMinMatch, lzmaLenStates-1)][:])
+	slot := uint32(m - 64)
 	dist := slot
 	if slot >= 4 {
 		bits := uint(slot>>1 - 1)
-		dist = (2 | slot&1) << bits
+		dist = (2 | slot&1) << (bits & 31)
+		var low uint32
 		if slot < lzmaEndPos {
-			dist += s.rc.reverse(s.probs.special[dist-slot:], bits)
+			r, low = r.fill(in).reverse(p.special[dist-slot:], bits)
 		} else {
-			dist += s.rc.direct(bits-4)<<4 + s.rc.reverse(s.probs.align[:], 4)
+			r, low = r.fill(in).direct(bits - 4)
+			dist += low << 4
+			r, low = r.fill(in).reverse(p.align[:], 4)
 		}
+		dist += low
 	}
-	s.reps[0] = dist
-	return n + lzmaMinMatch
-}
-
-// repeat reads a match at one of the last four distances.
-func (s *lzmaState) repeat(posState int) int {
-	p := &s.probs
-	if s.rc.bit(&p.isRep0[s.state]) == 0 {
-		if s.rc.bit(&p.isRep0Long[s.state][posState]) == 0 {
-			s.state = s.next(9, 11)
-			return 1
-		}
-	} else {
-		i := 1
-		if s.rc.bit(&p.isRep1[s.state]) != 0 {
-			i = 2 + int(s.rc.bit(&p.isRep2[s.state]))
-		}
-		r := s.reps[i]
-		copy(s.reps[1:i+1], s.reps[:i])
-		s.reps[0] = r
-	}
-	n := p.rep.decode(&s.rc, posState)
-	s.state = s.next(8, 11)
-	return n + lzmaMinMatch
-}
-
-// next is the state after a match: it depends on whether a literal came before.
-func (s *lzmaState) next(afterLiteral, afterMatch uint32) uint32 {
-	if s.state < 7 {
-		return afterLiteral
-	}
-	return afterMatch
+	s.reps[0], s.reps[1], s.reps[2], s.reps[3] = dist, s.reps[0], s.reps[1], s.reps[2]
+	return r
 }
