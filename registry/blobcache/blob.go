@@ -44,8 +44,8 @@ func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := s.check(off, len(p)); err != nil {
 		return err
 	}
-	if resident, err := b.readResident(p, off); resident || err != nil {
-		return err
+	if b.readResident(p, off) {
+		return nil
 	}
 	s.counters.misses.Add(1)
 	if err := b.readMissing(ctx, p, off); err != nil {
@@ -61,29 +61,28 @@ func (b *Blob) ReadResident(p []byte, off int64) bool {
 	if b.closed.Load() || b.store.check(off, len(p)) != nil {
 		return false
 	}
-	resident, err := b.readResident(p, off)
-	return resident && err == nil // a ReadAt of the same bytes tells the error
+	return b.readResident(p, off)
 }
 
 // readResident fills p if all of it is present, and sees to it that what was fetched ahead goes on.
-func (b *Blob) readResident(p []byte, off int64) (bool, error) {
+func (b *Blob) readResident(p []byte, off int64) bool {
 	s := b.store
-	resident, err := s.readResident(p, off)
+	resident := s.readResident(p, off)
 	if resident && len(p) > 0 {
 		if first, end := s.span(off, len(p)); s.fresh.any(first, end) {
 			b.touch(first, end)
 		}
 	}
-	return resident, err
+	return resident
 }
 
-// Present says whether the chunk of off is here, and where the run of chunks of which that is true ends. off lies in
+// Present says whether the chunk of off is on disk, and where the run of chunks of which that is true ends. off lies in
 // the blob.
 func (b *Blob) Present(off int64) (present bool, end int64) {
 	s := b.store
 	c := off / s.chunkSize
-	present = s.present.has(c)
-	for c++; c < s.chunks && s.present.has(c) == present; c++ {
+	present = s.known.has(c)
+	for c++; c < s.chunks && s.known.has(c) == present; c++ {
 	}
 	return present, min(c*s.chunkSize, s.size)
 }
@@ -155,6 +154,13 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 	if err != nil {
 		return 0, err
 	}
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.unpin(first, end)
+	}()
+	s.cache.tick()
+	s.use(first, end)
 	for i, pend := range wanted {
 		chunk := first + int64(i)
 		at := off + int64(n)
@@ -168,7 +174,11 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 		if data != nil {
 			copy(part, data[at-chunk*s.chunkSize:])
 		} else if err := s.pread(part, at); err != nil {
-			return n, err
+			if pend != nil {
+				return n, err // it was written just now: it would not be better the next time
+			}
+			s.spoil(chunk, chunk+1, err)
+			return n, errAbandoned
 		}
 		n += len(part)
 		wanted[i] = nil // with its data, if the disk could not keep it

@@ -49,6 +49,8 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/semaphore"
 )
@@ -62,12 +64,23 @@ type Fetcher interface {
 
 // Options of a cache. The zero value works.
 type Options struct {
-	ChunkSize  int64        // a power of two from 4 KiB to 16 MiB; 256 KiB if zero
-	MaxSpan    int64        // the most that one Fetch asks for, in whole chunks and at least one; 8 MiB if zero
-	MaxFetches int          // fetches that somebody waits for, under way at a time, all blobs together; 16 if zero
-	Readahead  int64        // the most that is fetched ahead of a reader; 16 MiB if zero, nothing if negative
-	MaxAhead   int          // fetches under way beside those that nobody waits for; 4 if zero
-	Logger     *slog.Logger // silent if nil
+	ChunkSize  int64 // a multiple of 4 KiB up to 16 MiB; 256 KiB if zero
+	MaxSpan    int64 // the most that one Fetch asks for, in whole chunks and at least one; 8 MiB if zero
+	MaxFetches int   // fetches that somebody waits for, under way at a time, all blobs together; 16 if zero
+	Readahead  int64 // the most that is fetched ahead of a reader; 16 MiB if zero, nothing if negative
+	MaxAhead   int   // fetches under way beside those that nobody waits for; 4 if zero
+	// MaxBytes is how much of the file system the directory may take, for all processes together as long as all of
+	// them say the same. 10 % of the file system, and 20 GiB at most, if zero; no limit if negative.
+	MaxBytes int64
+	// MinFree is how much of the file system is left free. 1 GiB, and 5 % of the file system at most, if zero; no such
+	// limit if negative.
+	MinFree int64
+	// Paranoid has every chunk checked at every read, and not at the first one only.
+	Paranoid bool
+	// Patience is how long a reader waits for what another process fetches, before it is fetched once more, without
+	// being kept. 20 s if zero.
+	Patience time.Duration
+	Logger   *slog.Logger // silent if nil
 }
 
 const (
@@ -76,8 +89,10 @@ const (
 	defaultMaxFetches = 16
 	defaultReadahead  = 16 << 20
 	defaultMaxAhead   = 4
+	defaultPatience   = 20 * time.Second
 	minChunkSize      = 4 << 10
 	maxChunkSize      = 16 << 20
+	maxLoads          = 16
 	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
 	// chunks, 8 MiB at the usual ones. It is also what one ext4 file can hold.
 	maxBlobSize = 16 << 40
@@ -104,6 +119,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.MaxSpan < 0 || o.MaxFetches < 0 || o.MaxAhead < 0 {
 		return o, fmt.Errorf("span of %d bytes, %d fetches, %d ahead: must not be negative", o.MaxSpan, o.MaxFetches, o.MaxAhead)
+	}
+	if o.Patience == 0 {
+		o.Patience = defaultPatience
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -143,13 +161,17 @@ type storeKey struct {
 // Cache is a directory of blobs. Its methods may be called in parallel.
 type Cache struct {
 	options Options
-	root    *os.Root
-	create  func(name string, size int64) (chunkFile, error) // createPrivate, or what a test puts in its place
+	dir     *os.File                              // of this version, inside the cache's directory
+	wrap    func(f chunkFile, l layout) chunkFile // gives f; or what a test puts in its place
+	space   *space
+	clock   atomic.Int64 // the time, in microseconds, when somebody last looked
+	keeping sync.WaitGroup
 
 	ctx     context.Context
 	cancel  context.CancelFunc
 	fetches *semaphore.Weighted // MaxFetches
 	ahead   *semaphore.Weighted // MaxAhead
+	loads   *semaphore.Weighted // reads of whole chunks from the disk
 	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
 	mu     sync.Mutex // guards what follows, and store.refs
@@ -171,14 +193,21 @@ func New(dir string, o Options) (*Cache, error) {
 	}
 	c := &Cache{
 		options: o,
-		root:    root,
+		dir:     root,
+		wrap:    func(f chunkFile, _ layout) chunkFile { return f },
 		fetches: semaphore.NewWeighted(int64(o.MaxFetches)),
 		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
+		loads:   semaphore.NewWeighted(maxLoads),
 		stores:  make(map[storeKey]*store),
 		blobs:   make(map[*Blob]struct{}),
 	}
-	c.create = c.createPrivate
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.tick()
+	if c.space, err = newSpace(c); err != nil {
+		c.cancel()
+		return nil, errors.Join(fmt.Errorf("blob cache: %w", err), root.Close())
+	}
+	c.keeping.Go(c.keepHouse)
 	return c, nil
 }
 
@@ -197,22 +226,38 @@ func (c *Cache) Open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	if err := checkUnit(o.ChunkSize); err != nil {
 		return nil, fmt.Errorf("open blob %s: %w", digest, err)
 	}
+	var b *Blob
+	err := c.space.locked(c.ctx, func() (err error) {
+		b, err = c.open(digest, size, f, o)
+		return err
+	})
+	if c.ctx.Err() != nil {
+		err = os.ErrClosed
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open blob %s: %w", digest, err)
+	}
+	return b, nil
+}
+
+// open is Open for who has the directory's lock.
+func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return nil, fmt.Errorf("open blob %s: cache: %w", digest, os.ErrClosed)
+		return nil, os.ErrClosed
 	}
 	key := storeKey{digest, o.ChunkSize, o.Verify != nil}
 	s := c.stores[key]
 	if s == nil {
 		var err error
 		if s, err = newStore(c, key, size); err != nil {
-			return nil, fmt.Errorf("open blob %s: %w", digest, err)
+			return nil, err
 		}
 		c.stores[key] = s
 	}
 	if s.size != size {
-		return nil, fmt.Errorf("open blob %s: size %d, but it is open with size %d", digest, size, s.size)
+		return nil, fmt.Errorf("size %d, but it is open with size %d", size, s.size)
 	}
 	s.refs++
 	b := &Blob{store: s, fetcher: f, verify: o.Verify, onComplete: o.OnComplete}
@@ -244,20 +289,38 @@ func (c *Cache) Close() error {
 	for _, b := range open {
 		errs = append(errs, b.Close())
 	}
-	return errors.Join(append(errs, c.root.Close())...)
+	c.keeping.Wait()
+	return errors.Join(append(errs, c.space.close(), c.dir.Close())...)
 }
 
 // forget takes b off the books, and its store with the last blob of that digest.
 func (c *Cache) forget(b *Blob) error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	delete(c.blobs, b)
-	s := b.store
+	c.mu.Unlock()
+	return c.release(b.store)
+}
+
+// hold gives all stores, which stay until they are released.
+func (c *Cache) hold() []*store {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var all []*store
+	for _, s := range c.stores {
+		s.refs++
+		all = append(all, s)
+	}
+	return all
+}
+
+func (c *Cache) release(s *store) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if s.refs--; s.refs > 0 {
 		return nil
 	}
 	delete(c.stores, s.key)
-	if err := s.file.Close(); err != nil {
+	if err := errors.Join(s.storeUses(), s.disk.close()); err != nil {
 		return fmt.Errorf("close blob %s: %w", s.digest, err)
 	}
 	return nil
