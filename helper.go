@@ -159,7 +159,7 @@ func splitOptions(s string) ([]string, error) {
 func helperKeys() map[string]bool {
 	return map[string]bool{
 		"backend": true, "platform": true, "layer": true, "blob": true, "authfile": true, "cache-dir": true,
-		"on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
+		"cache-size": true, "cache-min-free": true, "paranoid": false, "on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
 		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true,
 		"plain-http": false, "tmpfs-overlay": false, "supervise": false,
 	}

@@ -22,7 +22,7 @@ import (
 
 // sourceFlags say which bytes are meant and how to get at them.
 func sourceFlags() []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from an image index (default: this machine's)"},
 		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N`, counted from 0 (default: the only EROFS layer)", DefaultText: "the only EROFS layer"},
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
@@ -36,7 +36,7 @@ func sourceFlags() []cli.Flag {
 		&cli.StringFlag{Name: "on-error", Value: "wait:60s", Usage: "how long a read waits for a network in trouble before it fails: `wait:DURATION`"},
 		&cli.IntFlag{Name: "max-conns-per-host", Value: registry.DefaultMaxConns, Usage: "keep at most `N` connections to a host"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
-	}
+	}, keepFlags()...)
 }
 
 // imageFlags are those of a command that reads images: from a registry, or from
@@ -57,6 +57,7 @@ type sourceOptions struct {
 	client   registry.Options
 	selector registry.Selector
 	cacheDir string
+	keep     keepOptions
 	onError  string
 	tlsCA    string
 	// creds says that name and password come in one line.
@@ -70,6 +71,7 @@ func (s *sourceOptions) access() backend.Access {
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost,
+		CacheSize:       s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 	}
 }
 
@@ -146,6 +148,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	}
 	s.selector = registry.Selector{Platform: c.String("platform")}
 	s.cacheDir = cacheDir
+	if s.keep, err = readKeepOptions(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -236,7 +241,11 @@ func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, 
 	if err != nil {
 		return err
 	}
-	if o.cache, err = blobcache.New(dir, blobcache.Options{Logger: log}); err != nil {
+	keep, err := s.keep.options(log)
+	if err != nil {
+		return err
+	}
+	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err
 	}
 	o.id = o.layer.Digest.String()

@@ -49,6 +49,10 @@ type Access struct {
 	CacheDir  string `json:"cache_dir,omitempty"`
 	TLSCA     string `json:"tls_ca,omitempty"`
 
+	CacheSize    string `json:"cache_size,omitempty"`
+	CacheMinFree string `json:"cache_min_free,omitempty"`
+	Paranoid     bool   `json:"paranoid,omitempty"`
+
 	SkipTLSVerify   bool `json:"skip_tls_verify,omitempty"`
 	MaxConnsPerHost int  `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 }

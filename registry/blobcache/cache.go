@@ -114,6 +114,9 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Readahead == 0 {
 		o.Readahead = defaultReadahead
 	}
+	if o.MaxBytes > 0 {
+		o.Readahead = min(o.Readahead, o.MaxBytes/4) // what is fetched ahead cannot be evicted until it is there
+	}
 	if o.MaxAhead == 0 {
 		o.MaxAhead = defaultMaxAhead
 	}
