@@ -3,6 +3,7 @@ package blobcache
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -40,7 +41,7 @@ func (f *tornFile) Punch(off, n int64) error {
 func (f *tornFile) note(off, n int64) error {
 	for at := off / sector * sector; at < off+n; at += sector {
 		p := make([]byte, sector)
-		if _, err := f.chunkFile.ReadAt(p, at); err != nil && len(p) == 0 {
+		if _, err := f.chunkFile.ReadAt(p, at); err != nil && err != io.EOF { // the last sector is not full
 			return err
 		}
 		f.history[at] = append(f.history[at], p)
@@ -82,13 +83,17 @@ func (f *tornFile) crash(name string, size int64, rng *rand.Rand) error {
 // Power fails at some moment under readers who have chunks fetched, evicted and fetched again. Whatever of the writes
 // is left then, no wrong byte is served.
 func TestPowerFailure(t *testing.T) {
-	const size = 3*regionSize + 3*cs + 77
+	const size = 2*regionSize + 3*cs + 77
 	discarded, kept := 0, int64(0)
-	for seed := range uint64(12) {
+	seeds := uint64(8)
+	if testing.Short() {
+		seeds = 4
+	}
+	for seed := range seeds {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		s := newServer(size)
 		torn := &tornFile{history: map[int64][][]byte{}}
-		c := openCache(t, Options{ChunkSize: 4 * cs, MaxBytes: 2 * regionSize, Readahead: -1})
+		c := openCache(t, Options{ChunkSize: 4 * cs, MaxBytes: 3 * regionSize / 2, Readahead: -1})
 		c.wrap = func(f chunkFile, _ layout) chunkFile { torn.chunkFile = f; return torn }
 		b := openBlob(t, c, s)
 		if _, err := b.store.disk.file.WriteAt(b.store.disk.header(), 0); err != nil { // was written before f was wrapped
@@ -98,7 +103,7 @@ func TestPowerFailure(t *testing.T) {
 		for i := range uint64(4) {
 			wg.Go(func() {
 				mine := rand.New(rand.NewPCG(seed, i+10))
-				for range 100 {
+				for range 60 {
 					off := mine.Int64N(size)
 					if err := readNow(ctx, b, s, off, min(1+mine.Int64N(30*cs), size-off)); err != nil {
 						t.Error(err)
@@ -131,7 +136,7 @@ func TestPowerFailure(t *testing.T) {
 			t.Errorf("seed %d: nothing was lost", seed)
 		}
 	}
-	if discarded < 100 || kept < 1000 {
+	if discarded < 20 || kept < 200 {
 		t.Errorf("%d chunks were left, %d of them damaged: the test shows nothing", kept, discarded)
 	}
 }

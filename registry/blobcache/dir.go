@@ -80,7 +80,7 @@ func checkDir(info os.FileInfo, mode os.FileMode) error {
 
 // openAt opens a file of a directory, and follows no link.
 func openAt(dir *os.File, name string, flags int, shown string) (*os.File, error) {
-	fd, err := unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0o600)
+	fd, err := unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: shown, Err: err}
 	}

@@ -370,7 +370,7 @@ func TestFullTmpfs(t *testing.T) {
 		{"becomes full", Options{MaxBytes: -1, MinFree: -1}, 0, 1, true},
 		{"has a little room", Options{MaxBytes: -1, MinFree: -1}, size - 1<<20, 1, true},
 		{"is full", Options{}, size, 1, false},
-		{"must keep free", Options{MinFree: 8 << 20, Readahead: 2 << 20}, 0, 0, true},
+		{"must keep free", Options{MaxBytes: -1, MinFree: 8 << 20, Readahead: 2 << 20}, 0, 0, true},
 		{"has a limit", Options{MaxBytes: 8 << 20, MinFree: -1}, 0, 0, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -21,6 +21,7 @@ func (c *Cache) tick() { c.clock.Store(time.Now().UnixMicro()) }
 func (c *Cache) keepHouse() {
 	t := time.NewTicker(houseEvery)
 	defer t.Stop()
+	said := ""
 	for {
 		select {
 		case <-c.ctx.Done():
@@ -32,7 +33,8 @@ func (c *Cache) keepHouse() {
 		for _, s := range c.hold() {
 			err = errors.Join(err, s.keepHouse(others > 0), c.release(s))
 		}
-		if err != nil {
+		if err != nil && err.Error() != said {
+			said = err.Error()
 			c.options.Logger.Warn("look after the cache", "directory", c.dir.Name(), "error", err)
 		}
 	}

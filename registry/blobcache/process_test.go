@@ -245,7 +245,7 @@ var kills = flag.Int("kills", 100, "how often TestKilledProcess kills")
 
 // A process is killed at random moments while another one reads; both fetch, evict and publish all the time.
 func TestKilledProcess(t *testing.T) {
-	const size = 4000*cs + 100
+	const size = 2500*cs + 100
 	n := *kills
 	if testing.Short() {
 		n = min(n, 10)
@@ -253,7 +253,7 @@ func TestKilledProcess(t *testing.T) {
 	s := newServer(size)
 	dir := t.TempDir()
 	e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 6, Most: 9 * cs,
-		Options: Options{ChunkSize: cs, MaxSpan: 8 * cs, MaxBytes: 3 * regionSize, Readahead: 64 * cs}}
+		Options: Options{ChunkSize: cs, MaxSpan: 8 * cs, MaxBytes: 2 * regionSize, Readahead: 64 * cs}}
 	survivor := spawn(t, e)
 	survivor.start(t)
 	rng := rand.New(rand.NewPCG(3, 4))

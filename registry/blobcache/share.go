@@ -13,7 +13,7 @@ import (
 // a lock whose process was killed is free for the next one who tries.
 const (
 	firstPause = time.Millisecond
-	mostPause  = 50 * time.Millisecond
+	mostPause  = 20 * time.Millisecond
 )
 
 // fromDisk publishes those of f's chunks that are on disk: from an earlier mount, or from another process.

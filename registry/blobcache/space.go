@@ -33,7 +33,7 @@ type space struct {
 	taking  sync.Mutex // guards what follows
 	left    int64      // granted, not used yet
 	writing int64      // used, but may not be in the files yet
-	refused time.Time  // when there was no room the last time
+	refused time.Time  // until when there is no room
 }
 
 const (
@@ -42,13 +42,18 @@ const (
 	defaultMinFree = 1 << 30
 	usualGrant     = 4 << 20
 	// dirPatience is how long somebody may hold the directory's lock: who holds it longer is stopped, or has a disk
-	// that does not answer.
-	dirPatience = 10 * time.Second
-	// refusedFor is how long it is believed that there is no room.
+	// that does not answer. Readers do not wait so long for what they can do without.
+	dirPatience   = 10 * time.Second
+	grantPatience = time.Second
+	// refusedFor is how long it is believed that there is no room, and longFor that nobody answers.
 	refusedFor = time.Second
+	longFor    = time.Minute
 )
 
-var errNoRoom = errors.New("the cache is full of what is in use")
+var (
+	errNoRoom = errors.New("the cache has no room beside what is in use")
+	errNobody = errors.New("another process holds the lock of the directory and does nothing")
+)
 
 func newSpace(c *Cache) (*space, error) {
 	var st unix.Statfs_t
@@ -111,10 +116,14 @@ func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err,
 func (s *space) others() (int64, error) { return othersHold(s.file, lockProcess, 1<<20) }
 
 // locked calls f with the lock of the directory.
-func (s *space) locked(ctx context.Context, f func() error) (err error) {
+func (s *space) locked(ctx context.Context, f func() error) error {
+	return s.lockedWithin(ctx, dirPatience, f)
+}
+
+func (s *space) lockedWithin(ctx context.Context, limit time.Duration, f func() error) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := lockWithin(ctx, s.file, unix.F_WRLCK, lockDir, dirPatience); err != nil {
+	if err := lockWithin(ctx, s.file, unix.F_WRLCK, lockDir, limit); err != nil {
 		return fmt.Errorf("directory %s: %w", s.c.dir.Name(), err)
 	}
 	defer func() { err = errors.Join(err, lock(s.file, unix.F_UNLCK, lockDir)) }()
@@ -129,16 +138,19 @@ func (s *space) take(n int64) error {
 		s.left, s.writing = s.left-n, s.writing+n
 		return nil
 	}
-	if !s.refused.IsZero() && time.Since(s.refused) < refusedFor {
+	if time.Now().Before(s.refused) {
 		return errNoRoom
 	}
 	more := max(n, s.grant)
-	err := s.locked(s.c.ctx, func() error { return s.refill(more) })
+	err := s.lockedWithin(s.c.ctx, grantPatience, func() error { return s.refill(more) })
+	if errors.Is(err, errLocked) {
+		s.refused = time.Now().Add(longFor)
+		return fmt.Errorf("%w: %w", errNoRoom, errNobody)
+	}
 	if err != nil {
-		s.refused = time.Now()
+		s.refused = time.Now().Add(refusedFor)
 		return err
 	}
-	s.refused = time.Time{}
 	s.left, s.writing = s.left+more-n, s.writing+n
 	return nil
 }
