@@ -163,7 +163,7 @@ func occupied(f *os.File) (int64, error) {
 // sweep gives back the space of absent chunks: what was being written when a process was killed, or evicted.
 func (d *disk) sweep(present bitmap, count int64) error {
 	has, err := d.occupied()
-	if err != nil || has <= count*d.unit+d.base+(1<<20) {
+	if err != nil || has <= count*d.unit+d.uses+d.regions*useSize+(1<<20) {
 		return err
 	}
 	for first := int64(0); first < d.chunks; {

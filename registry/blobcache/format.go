@@ -23,8 +23,9 @@ const (
 	useSize    = 8
 	// regionSize is what is kept, and let go of, together: one lock and one time of use for each.
 	regionSize = 4 << 20
-	// baseAlign lets file systems with large blocks give back whole ones.
-	baseAlign = 64 << 10
+	// baseAlign lets the kernel keep chunks in large pages, as it would if they began at 0: reads of 128 KiB cost 10 %
+	// more where it is 64 KiB. What is in front of the blob is mostly a hole.
+	baseAlign = 2 << 20
 )
 
 // CRC-32C: what is to be noticed is a write that was lost or torn, and a disk that forgot, one in 2^32 of which passes;

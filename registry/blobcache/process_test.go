@@ -105,7 +105,7 @@ func (r *remote) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64,
 }
 
 // serve lets other processes fetch from s.
-func serve(t *testing.T, s *server) (url string) {
+func serve(t testing.TB, s *server) (url string) {
 	h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		var off, n int64
 		if _, err := fmt.Sscanf(req.URL.Path, "/%d/%d", &off, &n); err != nil {
