@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -138,6 +139,43 @@ func TestPowerFailure(t *testing.T) {
 	}
 	if discarded < 20 || kept < 200 {
 		t.Errorf("%d chunks were left, %d of them damaged: the test shows nothing", kept, discarded)
+	}
+}
+
+// An orderFile looks, when the entry of a chunk is written, whether the chunk is in the file.
+type orderFile struct {
+	chunkFile
+	layout
+	t       *testing.T
+	content []byte
+	entries *atomic.Int64
+}
+
+func (f orderFile) WriteAt(p []byte, off int64) (int, error) {
+	if off >= headerSize && off < f.uses && len(p) == entrySize && string(p) != string(make([]byte, entrySize)) {
+		chunk := (off - headerSize) / entrySize
+		data := make([]byte, f.chunkLen(chunk))
+		_, err := f.chunkFile.ReadAt(data, f.base+chunk*f.unit)
+		if err != nil || string(data) != string(f.content[chunk*f.unit:chunk*f.unit+int64(len(data))]) {
+			f.t.Errorf("the entry of chunk %d is written before its data (%v)", chunk, err)
+		}
+		f.entries.Add(1)
+	}
+	return f.chunkFile.WriteAt(p, off)
+}
+
+// A killed process leaves no entry of a chunk that it had not written.
+func TestDataBeforeEntry(t *testing.T) {
+	s := newServer(9*cs + 7)
+	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
+	var entries atomic.Int64
+	c.wrap = func(f chunkFile, l layout) chunkFile { return orderFile{f, l, t, s.content, &entries} }
+	b := openBlob(t, c, s)
+	if err := readNow(ctx, b, s, 0, b.Size()); err != nil {
+		t.Error(err)
+	}
+	if entries.Load() != 10 {
+		t.Errorf("%d entries were written", entries.Load())
 	}
 }
 

@@ -256,8 +256,10 @@ func TestLimit(t *testing.T) {
 	p := &pattern{size: limit}
 	over := newWatch(dir)
 	var wg sync.WaitGroup
+	var caches []*Cache
 	for i := range 2 {
 		c := openCacheAt(t, dir, o)
+		caches = append(caches, c)
 		for j := range 5 {
 			b, err := c.Open("sha256:"+strings.Repeat(fmt.Sprint(j), 64), limit, p, OpenOptions{})
 			if err != nil {
@@ -273,6 +275,11 @@ func TestLimit(t *testing.T) {
 	wg.Wait()
 	if most := over.stop(t); most > limit+16<<20 || most < limit/2 {
 		t.Errorf("the cache took %d MiB, want at most %d and 16", most>>20, limit>>20)
+	}
+	for _, c := range caches { // what is fetched ahead ends with them
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 	checkSound(t, dir)
 }
