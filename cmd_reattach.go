@@ -155,12 +155,12 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err != nil {
 		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
 	}
-	keep := keepOptions{size: rec.Access.CacheSize, minFree: rec.Access.CacheMinFree, paranoid: rec.Access.Paranoid}
-	s := &sourceOptions{cacheDir: rec.Access.CacheDir, keep: keep, client: registry.Options{
+	s := &sourceOptions{cacheDir: rec.Access.CacheDir, client: registry.Options{
 		PlainHTTP: rec.Access.PlainHTTP, AuthFile: rec.Access.AuthFile, ErrorWait: wait, Logger: log.Logger,
 		Username: rec.Access.Username, Password: password,
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
+	s.keep = keepOptions{size: rec.Access.CacheSize, minFree: rec.Access.CacheMinFree, paranoid: rec.Access.Paranoid}
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}

@@ -68,10 +68,10 @@ type sourceOptions struct {
 // password is not among it.
 func (s *sourceOptions) access() backend.Access {
 	return backend.Access{
+		CacheSize: s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost,
-		CacheSize:       s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 	}
 }
 

@@ -42,16 +42,16 @@ type Record struct {
 
 // Access is how the blob of a mount is reached, but for what is secret.
 type Access struct {
+	CacheSize    string `json:"cache_size,omitempty"` // these three as they were given
+	CacheMinFree string `json:"cache_min_free,omitempty"`
+	Paranoid     bool   `json:"paranoid,omitempty"`
+
 	PlainHTTP bool   `json:"plain_http,omitempty"`
 	Username  string `json:"username,omitempty"` // the password is asked for again
 	AuthFile  string `json:"authfile,omitempty"`
 	OnError   string `json:"on_error,omitempty"`
 	CacheDir  string `json:"cache_dir,omitempty"`
 	TLSCA     string `json:"tls_ca,omitempty"`
-
-	CacheSize    string `json:"cache_size,omitempty"`
-	CacheMinFree string `json:"cache_min_free,omitempty"`
-	Paranoid     bool   `json:"paranoid,omitempty"`
 
 	SkipTLSVerify   bool `json:"skip_tls_verify,omitempty"`
 	MaxConnsPerHost int  `json:"max_conns_per_host,omitempty"` // 0: as many as usual
