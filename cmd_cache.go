@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v2"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
 
@@ -38,6 +39,11 @@ func readKeepOptions(c *cli.Context) (keepOptions, error) {
 	k := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free"), paranoid: c.Bool("paranoid")}
 	_, err := k.options(nil)
 	return k, err
+}
+
+// keptOptions are those of a recorded mount.
+func keptOptions(a backend.Access) keepOptions {
+	return keepOptions{size: a.CacheSize, minFree: a.CacheMinFree, paranoid: a.Paranoid}
 }
 
 // options are what the cache takes.
