@@ -359,6 +359,9 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 		f.refuse(chunk, pend, err)
 		return
 	}
+	if !f.pin(chunk, pend) {
+		return // a reader had it fetched anew while f was quiet, and has it by now
+	}
 	err := f.keep(chunk, data)
 	if err != nil && !errors.Is(err, errLocked) {
 		f.unkept = true
@@ -366,8 +369,9 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.unpin(chunk, chunk+1)
 	if s.inflight[chunk] != pend {
-		return // a reader had it fetched anew while f was quiet, and has it by now
+		return // the same, just now
 	}
 	if err != nil {
 		pend.data = bytes.Clone(data)
@@ -377,6 +381,18 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 		s.counters.bytesAhead.Add(int64(len(data)))
 	}
 	f.deliver(chunk, pend, err == nil)
+}
+
+// pin keeps the region of a chunk that somebody still waits for from being evicted while it is written.
+func (f *flight) pin(chunk int64, pend *pending) bool {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight[chunk] != pend {
+		return false
+	}
+	s.pin(chunk, chunk+1)
+	return true
 }
 
 // deliver lets those go who wait for a chunk, which is on disk or in pend. The caller holds s.mu.
