@@ -52,8 +52,8 @@ func readScratch(c *cli.Context) (*layout, error) {
 	l := &layout{quiet: c.Bool("quiet"), tmp: tempDir(c.String("tmp"))}
 	if limit := c.String("tmp-limit"); limit != "" {
 		var err error
-		if l.tmpLimit, err = parseSize(limit); err != nil {
-			return nil, usagef("--tmp-limit %q: %w", limit, err)
+		if l.tmpLimit, err = parseSize("tmp-limit", limit); err != nil {
+			return nil, err
 		}
 	}
 	return l, nil
@@ -73,9 +73,9 @@ func readLayout(c *cli.Context) (*layout, error) {
 		if c.String(flag) == "" {
 			continue
 		}
-		n, err := parseSize(c.String(flag))
+		n, err := parseSize(flag, c.String(flag))
 		if err != nil {
-			return nil, usagef("--%s %q: %w", flag, c.String(flag), err)
+			return nil, err
 		}
 		*to = n
 	}

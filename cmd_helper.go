@@ -38,8 +38,8 @@ func (p *program) helperCommand() *cli.Command {
 			"mounts, and so does a line in /etc/fstab:\n" +
 			"   REF DIR erofs-oci defaults,_netdev 0 0\n" +
 			"The options of mount(8) may be given, and these flags of erofs-oci mount, with or without\n" +
-			"underscores: backend, platform, layer, blob, authfile, plain_http, cache_dir, on_error,\n" +
-			"overlay, tmpfs_overlay, nbd_connections, supervise, device, memory, tls_ca,\n" +
+			"underscores: backend, platform, layer, blob, authfile, plain_http, cache_dir, cache_size,\n" +
+			"cache_min_free, paranoid, on_error, overlay, tmpfs_overlay, nbd_connections, supervise, device, memory, tls_ca,\n" +
 			"tls_verify, max_conns_per_host. A password is no option: log in with podman login or docker login.",
 		HideHelpCommand: true,
 		Subcommands: []*cli.Command{

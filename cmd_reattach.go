@@ -201,6 +201,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 		Username: rec.Access.Username, Password: password,
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
+	s.keep = keptOptions(rec.Access)
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}

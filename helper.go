@@ -158,6 +158,7 @@ func splitOptions(s string) ([]string, error) {
 // same name, and whether they have a value. Dashes may be written as underscores.
 func helperKeys() map[string]bool {
 	return map[string]bool{
+		"cache-size": true, "cache-min-free": true, "paranoid": false,
 		"backend": true, "platform": true, "layer": true, "blob": true, "authfile": true, "cache-dir": true,
 		"on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
 		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true,

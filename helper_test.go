@@ -25,6 +25,7 @@ func TestHelperArgs(t *testing.T) {
 		{in: "-o ro h/r:v1 -o nodev /mnt", want: mount("-o", "ro,nodev")},
 		{in: "h/r:v1 /mnt -o rw,backend=auto,platform=linux/arm64,layer=1", want: mount("--backend=auto", "--platform=linux/arm64", "--layer=1")},
 		{in: "h/r:v1 /mnt -o plain_http,authfile=/a=b,cache_dir=/c,on_error=wait:60s,noexec", want: mount("--plain-http", "--authfile=/a=b", "--cache-dir=/c", "--on-error=wait:60s", "-o", "noexec")},
+		{in: "h/r:v1 /mnt -o cache_size=1GiB,cache-min-free=2G,paranoid", want: mount("--cache-size=1GiB", "--cache-min-free=2G", "--paranoid")},
 		{in: "h/r:v1 /mnt -o max_conns_per_host=2", want: mount("--max-conns-per-host=2")},
 		{in: "h/r:v1 /mnt -o tls_ca=/ca.pem,tls_verify=false", want: mount("--tls-ca=/ca.pem", "--tls-verify=false")},
 		{in: "h/r:v1 /mnt -o plain-http,cache-dir=/c", want: mount("--plain-http", "--cache-dir=/c")},

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -196,25 +195,11 @@ func (o *opened) checkDevices(ctx context.Context) error {
 
 // parseMemory reads a size as erofsfmt.Options.CacheBytes has it.
 func parseMemory(s string) (int64, error) {
-	n, err := parseSize(s)
-	switch {
-	case err != nil:
-		return 0, usagef("--memory %q: %w", s, err)
-	case n == 0:
-		return -1, nil
+	n, err := parseSize("memory", s)
+	if err == nil && n == 0 {
+		n = -1
 	}
-	return n, nil
-}
-
-// parseSize reads a number of bytes, or of KiB, MiB or GiB.
-func parseSize(s string) (int64, error) {
-	digits := strings.TrimRight(s, "KMGiB")
-	n, err := strconv.ParseInt(digits, 10, 64)
-	shift, known := map[string]int{"": 0, "B": 0, "K": 10, "KiB": 10, "M": 20, "MiB": 20, "G": 30, "GiB": 30}[s[len(digits):]]
-	if err != nil || n < 0 || !known || n > math.MaxInt64>>shift {
-		return 0, errors.New("want a size as 64MiB (K, M and G, or KiB, MiB and GiB)")
-	}
-	return n << shift, nil
+	return n, err
 }
 
 // reopenFiles opens the files of a record, if they are what they were.

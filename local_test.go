@@ -41,12 +41,12 @@ func TestParseRef(t *testing.T) {
 }
 
 func TestParseMemory(t *testing.T) {
-	for s, want := range map[string]int64{"0": -1, "1": 1, "7B": 7, "3K": 3 << 10, "64MiB": 64 << 20, "2G": 2 << 30, "8KiB": 8 << 10} {
+	for s, want := range map[string]int64{"0": -1, "1": 1, "7B": 7, "3K": 3 << 10, "64MiB": 64 << 20, "2G": 2 << 30, "8KiB": 8 << 10, "1T": 1 << 40} {
 		if n, err := parseMemory(s); err != nil || n != want {
 			t.Errorf("%s: %d, %v; want %d", s, n, err, want)
 		}
 	}
-	for _, s := range []string{"", "M", "-1", "1T", "1.5M", "1KB", "1MM", "9223372036854775807G", "x"} {
+	for _, s := range []string{"", "M", "-1", "1P", "1.5M", "1KB", "1MM", "9223372036854775807G", "x"} {
 		if _, err := parseMemory(s); exitCode(err) != exitUsage {
 			t.Errorf("%q: %v", s, err)
 		}

@@ -52,9 +52,9 @@ func readPublishing(c *cli.Context) (*publishing, error) {
 		if c.String(flag) == "" {
 			continue
 		}
-		n, err := parseSize(c.String(flag))
+		n, err := parseSize(flag, c.String(flag))
 		if err != nil {
-			return nil, usagef("--%s %q: %w", flag, c.String(flag), err)
+			return nil, err
 		}
 		*to = n
 	}

@@ -24,12 +24,12 @@ import (
 
 // sourceFlags say which bytes are meant and how to get at them.
 func sourceFlags() []cli.Flag {
-	flags := []cli.Flag{
+	flags := append([]cli.Flag{
 		&cli.StringFlag{Name: "platform", Usage: "choose `OS/ARCH[/VARIANT]` from an image index (default: this machine's)"},
 		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N` alone, counted from 0 (default: all EROFS layers)", DefaultText: "all EROFS layers"},
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
-	}
+	}, keepFlags()...)
 	return append(flags, accessFlags()...)
 }
 
@@ -67,6 +67,7 @@ type sourceOptions struct {
 	selector registry.Selector
 	oneLayer bool // of several layers one is to be named
 	cacheDir string
+	keep     keepOptions
 	onError  string
 	tlsCA    string
 	// creds says that name and password come in one line.
@@ -77,6 +78,7 @@ type sourceOptions struct {
 // password is not among it.
 func (s *sourceOptions) access() backend.Access {
 	return backend.Access{
+		CacheSize: s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost,
@@ -156,6 +158,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	}
 	s.selector = registry.Selector{Platform: c.String("platform")}
 	s.cacheDir = cacheDir
+	if s.keep, err = readKeepOptions(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -271,7 +276,11 @@ func (p *program) openBlobs(o *opened, ref registry.Reference, s *sourceOptions,
 	if err != nil {
 		return err
 	}
-	if o.cache, err = blobcache.New(dir, blobcache.Options{Logger: log}); err != nil {
+	keep, err := s.keep.options(log)
+	if err != nil {
+		return err
+	}
+	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err
 	}
 	var digests []digest.Digest
@@ -281,7 +290,7 @@ func (p *program) openBlobs(o *opened, ref registry.Reference, s *sourceOptions,
 		if err != nil {
 			return err
 		}
-		if l.blob, err = o.cache.Open(l.Digest.String(), blob.Size(), blob); err != nil {
+		if l.blob, err = o.cache.Open(l.Digest.String(), blob.Size(), blob, blobcache.OpenOptions{}); err != nil {
 			return err
 		}
 		digests = append(digests, l.Digest)

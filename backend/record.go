@@ -49,6 +49,10 @@ type LayerState struct {
 
 // Access is how the blob of a mount is reached, but for what is secret.
 type Access struct {
+	CacheSize    string `json:"cache_size,omitempty"` // these three as they were given
+	CacheMinFree string `json:"cache_min_free,omitempty"`
+	Paranoid     bool   `json:"paranoid,omitempty"`
+
 	PlainHTTP bool   `json:"plain_http,omitempty"`
 	Username  string `json:"username,omitempty"` // the password is asked for again
 	AuthFile  string `json:"authfile,omitempty"`

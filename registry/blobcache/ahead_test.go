@@ -286,6 +286,30 @@ func TestQuietReadahead(t *testing.T) {
 	})
 }
 
+// What comes late is not written to a region that was evicted meanwhile, and may be another process's by then.
+func TestLateChunkOfAnEvictedRegion(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(100 * cs)
+		late := make(chan struct{})
+		s.gates = map[int64]chan struct{}{6*cs + 2: late}
+		c := openCache(t, Options{ChunkSize: cs, Readahead: ahead})
+		b := openBlob(t, c, s)
+		readChunks(t, b, s, 0, 1, 2, 3)
+		time.Sleep(quiet + 1)
+		s.gates = nil // for the bodies to come
+		mustEnd(t, "the second reader", read(ctx, b, s, 6*cs, 2*cs), nil)
+		synctest.Wait()
+		if err := b.Purge(); err != nil {
+			t.Error(err)
+		}
+		close(late)
+		mustHave(t, b, s, []int64{})
+		if err := b.store.disk.scan(func(chunk int64) { t.Errorf("chunk %d is on disk", chunk) }); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestCloseCancelsReadahead(t *testing.T) {
 	stage(t, func(t *testing.T) {
 		s, other := newServer(100*cs), newServer(100*cs)

@@ -15,8 +15,10 @@ var errAbandoned = errors.New("its fetch was given up")
 
 // A Blob reads one blob through the cache. Its methods may be called in parallel.
 type Blob struct {
-	store   *store
-	fetcher Fetcher
+	store      *store
+	fetcher    Fetcher
+	verify     func(ctx context.Context, p []byte, off int64) error // may be nil
+	onComplete func()                                               // nil once it was called; guarded by store.mu
 
 	ctx     context.Context // its flights' context
 	cancel  context.CancelFunc
@@ -42,8 +44,8 @@ func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := s.check(off, len(p)); err != nil {
 		return err
 	}
-	if resident, err := b.readResident(p, off); resident || err != nil {
-		return err
+	if b.readResident(p, off) {
+		return nil
 	}
 	s.counters.misses.Add(1)
 	if err := b.readMissing(ctx, p, off); err != nil {
@@ -59,29 +61,28 @@ func (b *Blob) ReadResident(p []byte, off int64) bool {
 	if b.closed.Load() || b.store.check(off, len(p)) != nil {
 		return false
 	}
-	resident, err := b.readResident(p, off)
-	return resident && err == nil // a ReadAt of the same bytes tells the error
+	return b.readResident(p, off)
 }
 
 // readResident fills p if all of it is present, and sees to it that what was fetched ahead goes on.
-func (b *Blob) readResident(p []byte, off int64) (bool, error) {
+func (b *Blob) readResident(p []byte, off int64) bool {
 	s := b.store
-	resident, err := s.readResident(p, off)
+	resident := s.readResident(p, off)
 	if resident && len(p) > 0 {
 		if first, end := s.span(off, len(p)); s.fresh.any(first, end) {
 			b.touch(first, end)
 		}
 	}
-	return resident, err
+	return resident
 }
 
-// Present says whether the chunk of off is here, and where the run of chunks of which that is true ends. off lies in
+// Present says whether the chunk of off is on disk, and where the run of chunks of which that is true ends. off lies in
 // the blob.
 func (b *Blob) Present(off int64) (present bool, end int64) {
 	s := b.store
 	c := off / s.chunkSize
-	present = s.present.has(c)
-	for c++; c < s.chunks && s.present.has(c) == present; c++ {
+	present = s.known.has(c)
+	for c++; c < s.chunks && s.known.has(c) == present; c++ {
 	}
 	return present, min(c*s.chunkSize, s.size)
 }
@@ -91,6 +92,7 @@ func (b *Blob) Close() error {
 	b.closing.Do(func() {
 		b.store.mu.Lock()
 		b.closed.Store(true)
+		delete(b.store.blobs, b)
 		b.store.mu.Unlock()
 		b.cancel()
 		b.flights.Wait()
@@ -103,19 +105,45 @@ func (b *Blob) closedError() error {
 	return fmt.Errorf("blob %s: %w", b.store.digest, os.ErrClosed)
 }
 
+// maxRefetches is how often a read has a chunk fetched again that was not verified, and might be.
+const maxRefetches = 3
+
 // readMissing reads a range of which something was absent. It begins anew at a chunk whose fetch was given up.
 func (b *Blob) readMissing(ctx context.Context, p []byte, off int64) error {
-	for len(p) > 0 {
+	for refetches := 0; len(p) > 0; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		n, err := b.readWanted(ctx, p, off)
-		if err != nil && !errors.Is(err, errAbandoned) {
+		if n > 0 {
+			refetches = 0
+		}
+		var refused *refusedError
+		switch {
+		case err == nil || errors.Is(err, errAbandoned):
+		case errors.As(err, &refused) && refused.temporary() && refetches < maxRefetches:
+			refetches++
+		default:
 			return err
 		}
 		p, off = p[n:], off+int64(n)
 	}
 	return nil
+}
+
+// A refusedError is why a chunk was not published.
+type refusedError struct {
+	off int64
+	err error
+}
+
+func (e *refusedError) Error() string { return fmt.Sprintf("chunk at %d: %v", e.off, e.err) }
+
+func (e *refusedError) Unwrap() error { return e.err }
+
+func (e *refusedError) temporary() bool {
+	var t interface{ Temporary() bool }
+	return errors.As(e.err, &t) && t.Temporary()
 }
 
 // readWanted has all chunks of p brought, copies them in order as they come, and says how far it came.
@@ -126,6 +154,13 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 	if err != nil {
 		return 0, err
 	}
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.unpin(first, end)
+	}()
+	s.cache.tick()
+	s.use(first, end)
 	for i, pend := range wanted {
 		chunk := first + int64(i)
 		at := off + int64(n)
@@ -139,7 +174,11 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 		if data != nil {
 			copy(part, data[at-chunk*s.chunkSize:])
 		} else if err := s.pread(part, at); err != nil {
-			return n, err
+			if pend != nil {
+				return n, err // it was written just now: it would not be better the next time
+			}
+			s.spoil(chunk, chunk+1, err)
+			return n, errAbandoned
 		}
 		n += len(part)
 		wanted[i] = nil // with its data, if the disk could not keep it

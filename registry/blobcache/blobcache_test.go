@@ -3,7 +3,6 @@ package blobcache
 import (
 	"context"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -216,7 +215,7 @@ func TestSharedStore(t *testing.T) {
 	if got, want := other.asked(), []request{{cs, cs}}; !slices.Equal(got, want) {
 		t.Errorf("second fetcher: requests %v, want %v", got, want)
 	}
-	if _, err := c.Open(testDigest, 4*cs+1, s); err == nil {
+	if _, err := c.Open(testDigest, 4*cs+1, s, OpenOptions{}); err == nil {
 		t.Error("the same digest with another size was opened")
 	}
 	if err := a.Close(); err != nil {
@@ -234,9 +233,13 @@ func TestSharedStore(t *testing.T) {
 	if err := errors.Join(b.Close(), b.Close()); err != nil {
 		t.Fatal(err)
 	}
-	again := openBlob(t, c, s)
-	if got := residents(t, again, s); len(got) != 0 {
-		t.Errorf("chunks %v outlived the last blob of their digest", got)
+	third := newServer(4 * cs)
+	again := openBlob(t, c, third)
+	if err := readNow(ctx, again, s, 0, 4*cs); err != nil {
+		t.Error(err)
+	}
+	if got, want := third.asked(), []request{{2 * cs, 2 * cs}}; !slices.Equal(got, want) {
+		t.Errorf("a later blob: requests %v, want %v", got, want)
 	}
 }
 
@@ -247,24 +250,24 @@ func TestOpenRefuses(t *testing.T) {
 		"", ":", "sha256", "sha256:", "sha256:" + hex[1:], "sha256:" + hex + "a", "sha256:" + strings.ToUpper(hex),
 		"sha256:" + hex[2:] + "/.", "../x:" + hex, "md5:" + hex[:32], "sha512:" + hex, "sha256:" + hex[1:] + "\x00", "SHA256:" + hex,
 	} {
-		if _, err := c.Open(digest, 1, newServer(1)); err == nil {
+		if _, err := c.Open(digest, 1, newServer(1), OpenOptions{}); err == nil {
 			t.Errorf("digest %q was accepted", digest)
 		}
 	}
 	for _, size := range []int64{-1, maxBlobSize + 1, 1 << 62} {
-		if _, err := c.Open("sha256:"+hex, size, newServer(1)); err == nil {
+		if _, err := c.Open("sha256:"+hex, size, newServer(1), OpenOptions{}); err == nil {
 			t.Errorf("size %d was accepted", size)
 		}
 	}
 	for _, ok := range []string{"sha256:" + hex, "sha384:" + hex + hex[:32], "sha512:" + hex + hex} {
-		if _, err := c.Open(ok, 0, newServer(0)); err != nil {
+		if _, err := c.Open(ok, 0, newServer(0), OpenOptions{}); err != nil {
 			t.Errorf("digest %q: %v", ok, err)
 		}
 	}
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Open("sha256:"+hex, 1, newServer(1)); !errors.Is(err, os.ErrClosed) {
+	if _, err := c.Open("sha256:"+hex, 1, newServer(1), OpenOptions{}); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("open in a closed cache: %v", err)
 	}
 }
@@ -288,13 +291,15 @@ func TestNew(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("new directory: %v, %v; want mode 0700", info.Mode(), err)
 	}
-	if _, err := c.Open(testDigest, 10, newServer(10)); err != nil {
+	if _, err := c.Open(testDigest, 10, newServer(10), OpenOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if left, err := os.ReadDir(real); err != nil || len(left) != 0 {
-		t.Errorf("an open blob leaves %v, %v in the directory; want nothing that a killed process could leave", left, err)
-	}
+	checkPrivate(t, real)
 
+	public := filepath.Join(dir, "public", version)
+	if err := os.MkdirAll(public, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	link, file := filepath.Join(dir, "link"), filepath.Join(dir, "file")
 	open := filepath.Join(dir, "open")
 	err = errors.Join(os.Symlink(real, link), os.WriteFile(file, nil, 0o600), os.Mkdir(open, 0o700), os.Chmod(open, 0o770))
@@ -303,10 +308,42 @@ func TestNew(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		link: "symbolic link", link + "/": "symbolic link", file: "not a directory", open: "mode 0770", filepath.Join(file, "x"): "not a directory",
+		filepath.Dir(public): "mode 0755",
 	} {
 		if _, err := New(name, Options{}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("New(%s): error %v, want one with %q", name, err, want)
 		}
+	}
+}
+
+// checkPrivate fails unless all below dir is its owner's alone, and named after nothing but digests.
+func checkPrivate(t *testing.T, dir string) {
+	t.Helper()
+	files := 0
+	err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		want := os.FileMode(0o600)
+		if e.IsDir() {
+			want = 0o700
+		} else {
+			files++
+			if _, _, ok := parseFileName(e.Name()); !ok && e.Name() != "space" {
+				t.Errorf("a file %s", path)
+			}
+		}
+		if info.Mode().Perm() != want {
+			t.Errorf("%s has mode %v, want %v", path, info.Mode().Perm(), want)
+		}
+		return nil
+	})
+	if err != nil || files < 2 {
+		t.Errorf("%d files, %v", files, err)
 	}
 }
 
@@ -316,7 +353,7 @@ func TestCheckDirOwner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := checkDir(info); (err == nil) != (os.Geteuid() == 0) {
+	if err := checkDir(info, 0o022); (err == nil) != (os.Geteuid() == 0) {
 		t.Errorf("uid %d, directory of root: %v", os.Geteuid(), err)
 	}
 	dir := t.TempDir()
@@ -333,13 +370,14 @@ func TestCheckDirOwner(t *testing.T) {
 // A badDisk fails some writes, halfway, as a disk does that becomes full.
 type badDisk struct {
 	chunkFile
-	bad func(off int64) bool
+	base int64
+	bad  func(off int64) bool // an offset in the blob
 }
 
 var errDisk = errors.New("no space left on the test's disk")
 
 func (d badDisk) WriteAt(p []byte, off int64) (int, error) {
-	if !d.bad(off) {
+	if off < d.base || !d.bad(off-d.base) {
 		return d.chunkFile.WriteAt(p, off)
 	}
 	n, err := d.chunkFile.WriteAt(p[:len(p)/2], off)
@@ -347,11 +385,7 @@ func (d badDisk) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func breakDisk(c *Cache, bad func(off int64) bool) {
-	create := c.create
-	c.create = func(digest string, size int64) (chunkFile, error) {
-		f, err := create(digest, size)
-		return badDisk{f, bad}, err
-	}
+	c.wrap = func(f chunkFile, l layout) chunkFile { return badDisk{f, l.base, bad} }
 }
 
 func TestFullDisk(t *testing.T) {
@@ -387,32 +421,28 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// What cannot be read back is an error and not something else's bytes.
+// What cannot be read back is fetched again, and never something else's bytes.
 func TestUnreadableDisk(t *testing.T) {
 	s := newServer(2 * cs)
-	c := openCache(t, Options{ChunkSize: cs})
-	create := c.create
-	var file chunkFile
-	c.create = func(digest string, size int64) (chunkFile, error) {
-		f, err := create(digest, size)
-		file = f
-		return f, err
-	}
+	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
 	b := openBlob(t, c, s)
-	if err := readNow(ctx, b, s, 0, 2*cs); err != nil {
-		t.Fatal(err)
+	for round := range 3 {
+		if err := readNow(ctx, b, s, 0, 2*cs); err != nil {
+			t.Fatal(err)
+		}
+		if round == 2 {
+			break
+		}
+		d := b.store.disk
+		if err := d.handle.Truncate(d.base + cs + 1); err != nil {
+			t.Fatal(err)
+		}
+		if b.ReadResident(make([]byte, 2*cs), 0) {
+			t.Error("file cut short: resident")
+		}
 	}
-	if err := file.(*os.File).Truncate(cs + 1); err != nil {
-		t.Fatal(err)
-	}
-	if err := readNow(ctx, b, s, 0, 2*cs); !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("file cut short: %v", err)
-	}
-	if b.ReadResident(make([]byte, 2*cs), 0) {
-		t.Error("file cut short: resident")
-	}
-	if err := readNow(ctx, b, s, 0, cs); err != nil {
-		t.Error(err)
+	if got, want := s.asked(), []request{{0, 2 * cs}, {cs, cs}, {cs, cs}}; !slices.Equal(got, want) {
+		t.Errorf("requests %v, want %v", got, want)
 	}
 }
 

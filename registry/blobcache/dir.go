@@ -1,18 +1,25 @@
 package blobcache
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
-// openDir opens dir, which must be ours alone to write. The check and the opening are two steps, so what was opened
-// is compared with what was checked; from then on everything is relative to the open directory.
-func openDir(dir string) (*os.Root, error) {
+// version is the directory inside the cache's in which everything is, so that another format finds its own place.
+const version = "v1"
+
+// openDir opens dir, which must be ours alone to write, and in it the directory of this version. The check and the
+// opening are two steps, so what was opened is compared with what was checked; from then on everything is relative to
+// the open directory.
+func openDir(dir string) (*os.File, error) {
 	dir = filepath.Clean(dir) // a trailing slash would make Lstat follow a link
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -21,24 +28,40 @@ func openDir(dir string) (*os.Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkDir(info); err != nil {
+	if err := checkDir(info, 0o022); err != nil {
 		return nil, fmt.Errorf("directory %s %w; name another one", dir, err)
 	}
-	root, err := os.OpenRoot(dir)
+	outer, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
 	}
-	opened, err := root.Stat(".")
+	defer outer.Close()
+	opened, err := outer.Stat()
 	if err == nil && !os.SameFile(info, opened) {
 		err = fmt.Errorf("directory %s was replaced while it was opened", dir)
 	}
 	if err != nil {
-		return nil, errors.Join(err, root.Close())
+		return nil, err
 	}
-	return root, nil
+	name := filepath.Join(dir, version)
+	if err := unix.Mkdirat(int(outer.Fd()), version, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, &fs.PathError{Op: "mkdir", Path: name, Err: err}
+	}
+	inner, err := openAt(outer, version, unix.O_RDONLY|unix.O_DIRECTORY, name)
+	if err != nil {
+		return nil, err
+	}
+	if info, err = inner.Stat(); err == nil {
+		err = checkDir(info, 0o077)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("directory %s %w; name another one", name, err), inner.Close())
+	}
+	return inner, nil
 }
 
-func checkDir(info os.FileInfo) error {
+// checkDir refuses a directory that is not ours, or has one of the bits in mode.
+func checkDir(info os.FileInfo, mode os.FileMode) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	switch {
 	case info.Mode()&os.ModeSymlink != 0:
@@ -49,22 +72,205 @@ func checkDir(info os.FileInfo) error {
 		return errors.New("has no owner that can be checked")
 	case int(st.Uid) != os.Geteuid():
 		return fmt.Errorf("belongs to uid %d, and we are %d", st.Uid, os.Geteuid())
-	case info.Mode().Perm()&0o022 != 0:
-		return fmt.Errorf("has mode %04o, which lets others write", info.Mode().Perm())
+	case info.Mode().Perm()&mode != 0:
+		return fmt.Errorf("has mode %04o, which lets others in", info.Mode().Perm())
 	}
 	return nil
 }
 
-// createPrivate makes the sparse file of one blob and takes its name away again, so that it ends with this process.
-// It has its size only after that: all that a kill in between can leave is an empty file.
-func (c *Cache) createPrivate(digest string, size int64) (chunkFile, error) {
-	name := strings.ReplaceAll(digest, ":", "-") + "." + rand.Text()
-	f, err := c.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+// openAt opens a file of a directory, and follows no link.
+func openAt(dir *os.File, name string, flags int, shown string) (*os.File, error) {
+	fd, err := unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: shown, Err: err}
+	}
+	return os.NewFile(uintptr(fd), shown), nil
+}
+
+// openPrivate opens a file of the cache, which must be a file, ours, and nobody else's.
+func (c *Cache) openPrivate(name string, flags int) (*os.File, error) {
+	f, err := openAt(c.dir, name, unix.O_RDWR|flags, filepath.Join(c.dir.Name(), name))
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(c.root.Remove(name), f.Truncate(size)); err != nil {
+	info, err := f.Stat()
+	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	switch {
+	case !info.Mode().IsRegular():
+		err = errors.New("is not a file")
+	case !ok || int(st.Uid) != os.Geteuid():
+		err = errors.New("belongs to somebody else")
+	case info.Mode().Perm()&0o077 != 0:
+		err = fmt.Errorf("has mode %04o, which lets others in", info.Mode().Perm())
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s %w; remove it", f.Name(), err), f.Close())
+	}
 	return f, nil
+}
+
+// fileName is the name of a blob's file: its digest and its unit.
+func fileName(digest string, unit int64) string {
+	return strings.ReplaceAll(digest, ":", "-") + "." + strconv.FormatInt(unit, 10)
+}
+
+// parseFileName reads what fileName made.
+func parseFileName(name string) (digest string, unit int64, ok bool) {
+	hex, number, _ := strings.Cut(name, ".")
+	digest = strings.Replace(hex, "-", ":", 1)
+	unit, err := strconv.ParseInt(number, 10, 64)
+	ok = err == nil && checkDigest(digest) == nil && checkUnit(unit) == nil && fileName(digest, unit) == name
+	return digest, unit, ok
+}
+
+// openDisk opens the file of a blob, and makes it, or makes it anew, where it is not as it should be and nobody else
+// uses it. Where there is no room even for that, the blob is read without anything being kept. The caller has the
+// directory's lock.
+func (c *Cache) openDisk(digest string, size, unit int64) (*disk, error) {
+	d, err := c.openKept(digest, size, unit)
+	if !full(err) {
+		return d, err
+	}
+	c.cannotKeep(err)
+	fd, err := unix.MemfdCreate("erofs-oci", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), fileName(digest, unit))
+	d = &disk{layout: newLayout(digest, size, unit), handle: f, nowhere: true}
+	d.file = c.wrap(osFile{f}, d.layout)
+	if err := f.Truncate(d.end); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return d, nil
+}
+
+func (c *Cache) openKept(digest string, size, unit int64) (_ *disk, err error) {
+	f, err := c.openPrivate(fileName(digest, unit), unix.O_CREAT)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	d := &disk{layout: newLayout(digest, size, unit), handle: f}
+	d.file = c.wrap(osFile{f}, d.layout)
+	alone := lock(f, unix.F_WRLCK, lockOpen)
+	if alone != nil && !errors.Is(alone, errLocked) {
+		return nil, alone
+	}
+	if bad := d.fits(); bad != nil {
+		if alone != nil {
+			return nil, fmt.Errorf("%s: %w, and another process uses it; unmount what it mounts", f.Name(), bad)
+		}
+		if err := d.reset(); err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Name(), err)
+		}
+	}
+	if err := lock(f, unix.F_RDLCK, lockOpen); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// fits says what is wrong with the file.
+func (d *disk) fits() error {
+	info, err := d.handle.Stat()
+	if err != nil {
+		return err
+	}
+	b := make([]byte, headerSize)
+	if _, err := d.file.ReadAt(b, 0); err != nil {
+		return fmt.Errorf("read its header: %w", err)
+	}
+	l, err := parseHeader(b)
+	switch {
+	case err != nil:
+		return err
+	case l != d.layout:
+		return fmt.Errorf("it is of %s, %d bytes in chunks of %d", l.digest, l.size, l.unit)
+	case info.Size() != d.end:
+		return fmt.Errorf("it is %d bytes long, and should be %d", info.Size(), d.end)
+	}
+	return nil
+}
+
+// reset makes the file that of a blob of which nothing is here.
+func (d *disk) reset() error {
+	if err := errors.Join(d.handle.Truncate(0), d.handle.Truncate(d.end)); err != nil {
+		return err
+	}
+	_, err := d.file.WriteAt(d.header(), 0)
+	return err
+}
+
+// openFound opens a file that is there already, as what it says it is. The caller has the directory's lock.
+func (c *Cache) openFound(name string) (_ *disk, err error) {
+	digest, unit, ok := parseFileName(name)
+	if !ok {
+		return nil, fmt.Errorf("%s is not the name of a cached blob", filepath.Join(c.dir.Name(), name))
+	}
+	f, err := c.openPrivate(name, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	d := &disk{layout: layout{digest: digest, unit: unit}, file: osFile{f}, handle: f}
+	if err := lock(f, unix.F_RDLCK, lockOpen); err != nil {
+		return nil, err
+	}
+	b := make([]byte, headerSize)
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return nil, fmt.Errorf("%s: read its header: %w", f.Name(), err)
+	}
+	l, err := parseHeader(b)
+	if err == nil && (l.digest != digest || l.unit != unit) {
+		err = errors.New("it is of another blob")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	d.layout = l
+	d.file = c.wrap(d.file, l)
+	return d, nil
+}
+
+// names lists the files of blobs. The caller has the directory's lock.
+func (c *Cache) names() ([]string, error) {
+	dir, err := openAt(c.dir, ".", unix.O_RDONLY|unix.O_DIRECTORY, c.dir.Name())
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	all, err := dir.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	names := all[:0]
+	for _, name := range all {
+		if _, _, ok := parseFileName(name); ok {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+// unlink removes the file of a blob if nobody has it open but f. The caller has the directory's lock.
+func (c *Cache) unlink(f *os.File, name string) error {
+	if err := lock(f, unix.F_WRLCK, lockOpen); err != nil {
+		return err
+	}
+	if err := unix.Unlinkat(int(c.dir.Fd()), name, 0); err != nil {
+		return &fs.PathError{Op: "remove", Path: f.Name(), Err: err}
+	}
+	return nil
 }

@@ -15,14 +15,18 @@ import (
 // A flight is one Fetch and the reading of its body.
 type flight struct {
 	blob       *Blob
-	first, end int64 // the chunks it asks for; end goes up when it turns out to be the stream
-	demanded   int64 // the chunks before this one are waited for, those from here on are fetched ahead
-	ahead      bool  // it has a slot for what it fetches ahead
-	turn       bool  // it has a slot for what is waited for
-	receiving  bool  // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
-	ranged     bool  // the body began where it was asked to
-	unkept     bool  // the disk did not take a chunk
-	troubled   bool  // it failed, or was not kept
+	first, end int64   // the chunks it asks for; end goes up when it turns out to be the stream
+	demanded   int64   // the chunks before this one are waited for, those from here on are fetched ahead
+	ahead      bool    // it has a slot for what it fetches ahead
+	turn       bool    // it has a slot for what is waited for
+	receiving  bool    // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
+	ranged     bool    // the body began where it was asked to
+	unkept     bool    // the disk did not take a chunk
+	fetched    bool    // it has asked for something
+	looked     bool    // what of it is on disk was published, and what of it others fetch is left to them
+	waits      bool    // it fetches nothing: another process does
+	locks      []int64 // chunks whose lock between processes it has
+	troubled   bool    // it failed, or was not kept
 	// heard is when the last byte came or, before the first one, when it began.
 	heard atomic.Int64
 }
@@ -36,7 +40,7 @@ func (b *Blob) newFlight(chunk int64) *flight {
 func (f *flight) quiet() bool { return time.Since(time.Unix(0, f.heard.Load())) > quiet }
 
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
-// are nil. Runs of absent chunks become flights, and never does a chunk have two.
+// are nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become flights, and never does a chunk have two.
 func (b *Blob) want(first, end int64) ([]*pending, error) {
 	s := b.store
 	wanted := make([]*pending, end-first)
@@ -79,6 +83,7 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 	if news < end {
 		begun = b.readAhead(news, end, begun)
 	}
+	s.pin(first, end)
 	b.start(begun)
 	return wanted, nil
 }
@@ -94,6 +99,7 @@ func (b *Blob) start(begun []*flight) {
 func (s *store) claim(chunk int64, f *flight) *pending {
 	pend := &pending{flight: f, done: make(chan struct{})}
 	s.inflight[chunk] = pend
+	s.pin(chunk, chunk+1)
 	return pend
 }
 
@@ -124,10 +130,13 @@ func (f *flight) land(err error) {
 	shared := f.quiet()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer f.unlock()
 	if s.stream == f {
 		s.stream = nil
 	}
-	s.troubled = f.troubled
+	if f.fetched || f.troubled {
+		s.troubled = f.troubled
+	}
 	for c, pend := range s.inflight {
 		switch {
 		case pend.flight != f:
@@ -141,10 +150,16 @@ func (f *flight) land(err error) {
 
 // drop makes a chunk in flight absent. The caller holds s.mu.
 func (s *store) drop(chunk int64, pend *pending, err error) {
-	delete(s.inflight, chunk)
+	s.landed(chunk)
 	s.fresh.clear(chunk)
 	pend.err = err
 	close(pend.done)
+}
+
+// landed says that a chunk is in flight no more. The caller holds s.mu.
+func (s *store) landed(chunk int64) {
+	delete(s.inflight, chunk)
+	s.unpin(chunk, chunk+1)
 }
 
 // fly fetches and publishes. Chunks that f owes when it returns were not brought.
@@ -153,17 +168,31 @@ func (f *flight) fly() error {
 	if f.ahead {
 		defer s.cache.ahead.Release(1)
 	}
+	if f.waits {
+		return f.await()
+	}
+	if !f.looked {
+		if err := f.fromDisk(); err != nil || !f.owes() {
+			return err
+		}
+	}
 	if f.demanded > f.first {
 		if err := f.takeTurn(); err != nil {
 			return err
 		}
 		defer f.endTurn()
 	}
+	if !f.looked {
+		if err := f.divide(); err != nil {
+			return err
+		}
+	}
 	if !f.owes() {
-		return nil // a stream took all of it over while f waited for its turn
+		return nil // others bring all of it: a stream took it over while f waited for its turn, or another process does
 	}
 	off := f.first * s.chunkSize
 	n := min(f.end*s.chunkSize, s.size) - off
+	f.fetched = true
 	s.counters.fetches.Add(1)
 	if f.demanded == f.first {
 		s.counters.fetchesAhead.Add(1)
@@ -227,8 +256,8 @@ func (f *flight) receive(body io.Reader, start int64) error {
 	if !f.begin(start) {
 		return nil
 	}
-	buffer := s.cache.buffers.Get().(*[]byte)
-	defer s.cache.buffers.Put(buffer)
+	buffer := s.buffers.Get().(*[]byte)
+	defer s.buffers.Put(buffer)
 	r := bufio.NewReader(flightReader{body, f})
 
 	chunk := (start + s.chunkSize - 1) / s.chunkSize
@@ -248,7 +277,7 @@ func (f *flight) receive(body io.Reader, start int64) error {
 		if !more {
 			return nil
 		}
-		data := (*buffer)[:s.chunkLen(chunk)]
+		data := (*buffer)[:s.disk.chunkLen(chunk)]
 		if n, err := io.ReadFull(r, data); err != nil {
 			return broken(err, chunk*s.chunkSize+int64(n))
 		}
@@ -343,41 +372,107 @@ func (f *flight) take(chunk int64) (*pending, bool) {
 	switch {
 	case pend != nil && pend.flight == f:
 		return pend, true
-	case pend != nil || s.present.has(chunk) || f.unkept:
+	case pend != nil || s.present.has(chunk) || s.known.has(chunk) || f.unkept:
 		return nil, true
 	}
 	return s.claim(chunk, f), true
 }
 
-// publish makes a whole chunk present and lets those who wait for it go. The bit is set after the data is in the
-// file; where the disk does not take it, those who wait get a copy and the chunk is absent again.
+// publish makes a whole chunk present and lets those who wait for it go. The bit is set after the chunk and its entry
+// are in the file; where the disk does not take it, or another process has its lock, those who wait get a copy and the
+// chunk is absent again.
 func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	s := f.blob.store
-	_, err := s.file.WriteAt(data, chunk*s.chunkSize)
-	if err != nil {
+	if err := f.verify(chunk, data); err != nil {
+		f.refuse(chunk, pend, err)
+		return
+	}
+	if !f.pin(chunk, pend) {
+		return // a reader had it fetched anew while f was quiet, and has it by now
+	}
+	err := f.keep(chunk, data)
+	if err != nil && !errors.Is(err, errLocked) {
 		f.unkept = true
-		s.cache.unkept.Do(func() {
-			s.cache.options.Logger.Warn("the cache cannot keep what was fetched; reads go on without it",
-				"directory", s.cache.root.Name(), "error", err)
-		})
+		s.cache.cannotKeep(err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.unpin(chunk, chunk+1)
 	if s.inflight[chunk] != pend {
-		return // a reader had it fetched anew while f was quiet, and has it by now
+		return // the same, just now
 	}
-	if err == nil {
-		s.present.set(chunk)
-		s.counters.chunksPresent.Add(1)
-	} else {
+	if err != nil {
 		pend.data = bytes.Clone(data)
 		s.fresh.clear(chunk)
 	}
 	if pend.ahead {
 		s.counters.bytesAhead.Add(int64(len(data)))
 	}
-	delete(s.inflight, chunk)
+	f.deliver(chunk, pend, err == nil)
+}
+
+// pin keeps the region of a chunk that somebody still waits for from being evicted while it is written.
+func (f *flight) pin(chunk int64, pend *pending) bool {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight[chunk] != pend {
+		return false
+	}
+	s.pin(chunk, chunk+1)
+	return true
+}
+
+// deliver lets those go who wait for a chunk, which is on disk or in pend. The caller holds s.mu.
+func (f *flight) deliver(chunk int64, pend *pending, onDisk bool) {
+	s := f.blob.store
+	if onDisk {
+		s.present.set(chunk)
+		s.learn(chunk)
+		s.use(chunk, chunk+1)
+	}
+	s.landed(chunk)
 	close(pend.done)
+	if onDisk {
+		s.completed()
+	}
+}
+
+// refuse ends the wait for a chunk that is not what it should be.
+func (f *flight) refuse(chunk int64, pend *pending, err error) {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight[chunk] == pend {
+		s.drop(chunk, pend, err)
+	}
+}
+
+// cannotKeep says once why what is fetched is not kept.
+func (c *Cache) cannotKeep(why error) {
+	c.unkept.Do(func() {
+		c.options.Logger.Warn("the cache cannot keep what was fetched; reads go on without it",
+			"directory", c.dir.Name(), "error", why)
+	})
+}
+
+// verify asks the blob's hook about a whole chunk.
+func (f *flight) verify(chunk int64, data []byte) error {
+	b := f.blob
+	if b.verify == nil {
+		return nil
+	}
+	off := chunk * b.store.chunkSize
+	err := b.verify(b.ctx, data, off)
+	switch {
+	case err == nil:
+		return nil
+	case b.ctx.Err() != nil:
+		return errAbandoned
+	}
+	err = &refusedError{off, err}
+	b.store.cache.options.Logger.Warn("chunk refused", "blob", b.store.digest, "error", err)
+	return err
 }
 
 func (f *flight) owes() bool {

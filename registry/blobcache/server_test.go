@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,7 +17,16 @@ import (
 	"github.com/erofs-oci/erofs-oci/tests/sourcetest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if errand := os.Getenv(childEnv); errand != "" {
+		if err := runChild(errand); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // cs is the chunk size of the tests that choose it.
 const cs = minChunkSize
@@ -155,7 +165,12 @@ func (b *body) Close() error {
 // openCache makes a cache of its own for this test.
 func openCache(t testing.TB, o Options) *Cache {
 	t.Helper()
-	c, err := New(t.TempDir()+"/cache", o)
+	return openCacheAt(t, t.TempDir()+"/cache", o)
+}
+
+func openCacheAt(t testing.TB, dir string, o Options) *Cache {
+	t.Helper()
+	c, err := New(dir, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +184,12 @@ func openCache(t testing.TB, o Options) *Cache {
 
 func openBlob(t testing.TB, c *Cache, s *server) *Blob {
 	t.Helper()
-	b, err := c.Open(testDigest, int64(len(s.content)), s)
+	return openWith(t, c, s, OpenOptions{})
+}
+
+func openWith(t testing.TB, c *Cache, s *server, o OpenOptions) *Blob {
+	t.Helper()
+	b, err := c.Open(testDigest, int64(len(s.content)), s, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,38 +1,53 @@
 package blobcache
 
 import (
+	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // A store is what the blobs of one digest share: the file, the presence map and the flights.
 type store struct {
 	cache     *Cache
+	key       storeKey
 	digest    string
 	size      int64
 	chunkSize int64
 	chunks    int64
-	file      chunkFile
-	present   bitmap
+	disk      *disk
 	refs      int // guarded by Cache.mu
 	counters  counters
-	heard     atomic.Int64 // when the last byte came from the network
+	// present has the chunks that may be read: they are on disk, were checked, and no other process can punch a hole
+	// there, for their region is leased. Bits go up and down under mu and are read without it.
+	present    bitmap
+	generation atomic.Uint64  // goes up when bits of present go down
+	used       []atomic.Int64 // when each region was last read, by the cache's clock
+	buffers    sync.Pool      // *[]byte of chunkSize; a flight that receives holds one
+	heard      atomic.Int64   // when the last byte came from the network
 
-	mu sync.Mutex // guards what follows, pending.flight, flight.receiving, Blob.closed going up, and bits going up
+	mu sync.Mutex // guards what follows, Blob.onComplete, pending.flight, flight.receiving, Blob.closed going up, and bits going up
 	// inflight has every chunk that somebody is to bring; it is never present at the same time.
 	inflight map[int64]*pending
 	// stream is the flight that reads the whole blob, if there is one, and streamNext the first chunk that it can
 	// still take in as it passes.
 	stream     *flight
 	streamNext int64
+	busy       map[int64]int // regions of chunks in flight or being waited for, which stay; how many those are
+	leased     bitmap        // regions whose shared lock is ours
+	locks      map[int64]int // chunks whose lock is ours; for how many flights
+	// known has the chunks that are on disk as far as we know: another process may have fetched or evicted some.
+	known  bitmap
+	stored []int64 // what the disk has of used
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
-	troubled bool // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
-	whole    bool // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
+	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
+	blobs    map[*Blob]struct{} // those that are open
+	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
 }
 
 // A pending is one chunk in flight.
@@ -61,39 +76,123 @@ type Stats struct {
 	ChunksPresent, ChunksTotal int64
 }
 
-func newStore(c *Cache, digest string, size int64) (*store, error) {
-	file, err := c.create(digest, size)
+// newStore opens the file of a blob. The caller has the directory's lock.
+func newStore(c *Cache, key storeKey, size int64) (*store, error) {
+	d, err := c.openDisk(key.digest, size, key.unit)
 	if err != nil {
 		return nil, err
 	}
-	cs := c.options.ChunkSize
-	chunks := (size + cs - 1) / cs
+	cs, chunks := d.unit, d.chunks
 	s := &store{
 		cache:     c,
-		digest:    digest,
+		key:       key,
+		digest:    key.digest,
 		size:      size,
 		chunkSize: cs,
 		chunks:    chunks,
-		file:      file,
-		present:   make(bitmap, (chunks+63)/64),
+		disk:      d,
+		present:   newBitmap(chunks),
+		used:      make([]atomic.Int64, d.regions),
+		busy:      make(map[int64]int),
+		leased:    newBitmap(d.regions),
+		locks:     make(map[int64]int),
+		known:     newBitmap(chunks),
 		inflight:  make(map[int64]*pending),
-		fresh:     make(bitmap, (chunks+63)/64),
+		fresh:     newBitmap(chunks),
+		blobs:     make(map[*Blob]struct{}),
 	}
+	s.buffers.New = func() any { b := make([]byte, cs); return &b }
 	s.guesser = newGuesser(chunks, max(c.options.Readahead, 0)/cs, s.wasRead)
+	if err := s.look(); err != nil {
+		return nil, errors.Join(err, d.close())
+	}
 	return s, nil
 }
 
+func newBitmap(n int64) bitmap { return make(bitmap, (n+63)/64) }
+
+// look takes in what earlier mounts left. The caller has the directory's lock, or is alone with s.
+func (s *store) look() (err error) {
+	if err := s.disk.scan(s.learn); err != nil {
+		return err
+	}
+	if s.stored, err = s.disk.lastUses(); err != nil {
+		return err
+	}
+	for r, when := range s.stored {
+		s.used[r].Store(when)
+	}
+	if err := lock(s.disk.handle, unix.F_WRLCK, lockOpen); err != nil {
+		return ignore(err, errLocked)
+	}
+	err = s.disk.sweep(s.known, s.counters.chunksPresent.Load())
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = nil // a file system without holes has none to give back
+	}
+	return errors.Join(err, lock(s.disk.handle, unix.F_RDLCK, lockOpen))
+}
+
+// learn notes that a chunk is on disk.
+func (s *store) learn(chunk int64) {
+	if !s.known.has(chunk) {
+		s.known.set(chunk)
+		s.counters.chunksPresent.Add(1)
+	}
+}
+
+// unlearn notes that a chunk is not on disk.
+func (s *store) unlearn(chunk int64) {
+	if s.known.has(chunk) {
+		s.known.clear(chunk)
+		s.counters.chunksPresent.Add(-1)
+	}
+}
+
+// pin and unpin say that the regions of the chunks [first, end) stay, and need not stay any longer. The caller
+// holds s.mu.
+func (s *store) pin(first, end int64) {
+	for r := first / s.disk.perRegion; r <= (end-1)/s.disk.perRegion; r++ {
+		s.busy[r]++
+	}
+}
+
+func (s *store) unpin(first, end int64) {
+	for r := first / s.disk.perRegion; r <= (end-1)/s.disk.perRegion; r++ {
+		if s.busy[r]--; s.busy[r] == 0 {
+			delete(s.busy, r)
+		}
+	}
+}
+
+// use notes that the regions of the chunks [first, end) are read.
+func (s *store) use(first, end int64) {
+	now := s.cache.clock.Load()
+	for r := first / s.disk.perRegion; r <= (end-1)/s.disk.perRegion; r++ {
+		if s.used[r].Load() != now {
+			s.used[r].Store(now)
+		}
+	}
+}
+
 // perFlight is how many chunks one Fetch asks for at most.
-func (s *store) perFlight() int64 { return s.cache.options.MaxSpan / s.chunkSize }
+func (s *store) perFlight() int64 { return max(s.cache.options.MaxSpan/s.chunkSize, 1) }
+
+// completed tells those who want to know it once that every chunk is here. The caller holds s.mu.
+func (s *store) completed() {
+	if s.counters.chunksPresent.Load() < s.chunks {
+		return
+	}
+	for b := range s.blobs {
+		if f := b.onComplete; f != nil {
+			b.onComplete = nil
+			b.flights.Go(f)
+		}
+	}
+}
 
 // span gives the chunks [first, end) that n > 0 bytes from off lie in.
 func (s *store) span(off int64, n int) (first, end int64) {
 	return off / s.chunkSize, (off+int64(n)-1)/s.chunkSize + 1
-}
-
-// chunkLen is the chunk size but for the last chunk, which ends with the blob.
-func (s *store) chunkLen(chunk int64) int64 {
-	return min(s.chunkSize, s.size-chunk*s.chunkSize)
 }
 
 // check refuses what lies outside the blob, without computing off+n, which may overflow.
@@ -104,24 +203,47 @@ func (s *store) check(off int64, n int) error {
 	return nil
 }
 
-// readResident fills p if every chunk of it is present. It takes no lock and allocates nothing.
-func (s *store) readResident(p []byte, off int64) (bool, error) {
+// readResident fills p if every chunk of it is present. It takes no lock and allocates nothing; should a chunk have been
+// evicted meanwhile, it was not present. Where the disk fails, the chunks are absent, too.
+func (s *store) readResident(p []byte, off int64) bool {
 	if len(p) > 0 {
-		if !s.present.all(s.span(off, len(p))) {
-			return false, nil
+		first, end := s.span(off, len(p))
+		generation := s.generation.Load()
+		if !s.present.all(first, end) {
+			return false
 		}
-		if err := s.pread(p, off); err != nil {
-			return false, err
+		err := s.pread(p, off)
+		if s.generation.Load() != generation {
+			return false // they may have been evicted, and been holes
 		}
+		if err != nil {
+			s.spoil(first, end, err)
+			return false
+		}
+		s.use(first, end)
 	}
 	s.counters.hits.Add(1)
 	s.counters.bytesServed.Add(int64(len(p)))
-	return true, nil
+	return true
+}
+
+// spoil makes chunks absent that cannot be read back.
+func (s *store) spoil(first, end int64, why error) {
+	s.cache.options.Logger.Warn("cached chunks cannot be read; they are fetched again", "blob", s.digest, "error", why)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := first; c < end; c++ {
+		s.present.clear(c)
+	}
+	s.generation.Add(1)
 }
 
 // pread reads chunks that are present, and a present chunk is whole: what cannot be read is the disk's fault.
 func (s *store) pread(p []byte, off int64) error {
-	n, err := s.file.ReadAt(p, off)
+	if s.cache.options.Paranoid {
+		return s.readChecked(p, off)
+	}
+	n, err := s.disk.file.ReadAt(p, s.disk.base+off)
 	if n == len(p) {
 		return nil
 	}
@@ -129,6 +251,26 @@ func (s *store) pread(p []byte, off int64) error {
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("cached file of %s at %d: %w", s.digest, off+int64(n), err)
+}
+
+// readChecked is pread for who does not trust the disk from one read to the next.
+func (s *store) readChecked(p []byte, off int64) error {
+	buffer := s.buffers.Get().(*[]byte)
+	defer s.buffers.Put(buffer)
+	for len(p) > 0 {
+		chunk := off / s.chunkSize
+		data := (*buffer)[:s.disk.chunkLen(chunk)]
+		there, err := s.disk.load(chunk, data)
+		if err == nil && !there {
+			err = errDamaged
+		}
+		if err != nil {
+			return fmt.Errorf("cached file of %s, chunk %d: %w", s.digest, chunk, err)
+		}
+		n := copy(p, data[off-chunk*s.chunkSize:])
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
 }
 
 func (s *store) stats() Stats {
@@ -178,12 +320,3 @@ func (m bitmap) all(first, end int64) bool {
 	}
 	return true
 }
-
-// A chunkFile is where chunks are kept. Tests put failing disks in its place.
-type chunkFile interface {
-	io.ReaderAt
-	io.WriterAt
-	io.Closer
-}
-
-var _ chunkFile = (*os.File)(nil)

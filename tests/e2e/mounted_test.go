@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -110,10 +111,21 @@ func (s *session) nothingLeft(dir string) {
 	if mounted(s.t, dir) {
 		s.t.Errorf("%s is still mounted", dir)
 	}
-	for _, d := range []string{"run", "cache/erofs-oci"} {
-		left, err := os.ReadDir(filepath.Join(s.dir, d))
-		if err != nil && !errors.Is(err, os.ErrNotExist) || len(left) != 0 {
-			s.t.Errorf("left in %s: %v, %v", d, left, err)
-		}
+	left, err := os.ReadDir(filepath.Join(s.dir, "run"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) || len(left) != 0 {
+		s.t.Errorf("left in run: %v, %v", left, err)
+	}
+	s.cacheIdle()
+}
+
+// cacheIdle fails the test unless nobody uses what was fetched, which stays.
+func (s *session) cacheIdle() {
+	s.t.Helper()
+	if _, err := os.Stat(filepath.Join(s.dir, "cache/erofs-oci")); errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	kept := s.run(binary, "cache", "ls", "--json")
+	if kept.code != 0 || strings.Contains(kept.stdout, `"in_use": true`) {
+		s.t.Errorf("cache ls: %+v", kept)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -89,9 +90,10 @@ func runScripts(t *testing.T, dir string) {
 }
 
 // writeScriptImages puts two images into the directory of a script: $IMAGE, which is
-// that of rootfs:v1, and $DEVIMAGE with its extra device $BLOB.
+// that of rootfs:v1 and has $DIGEST, and $DEVIMAGE with its extra device $BLOB.
 func writeScriptImages(t *testing.T, env *testscript.Env) error {
 	plain, multi := corpus.Get(t, "plain"), corpus.Get(t, "multidev")
+	env.Setenv("DIGEST", digest.FromBytes(plain.Data).String())
 	for name, file := range map[string]struct {
 		name string
 		data []byte

@@ -1,0 +1,247 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"os"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/urfave/cli/v2"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+)
+
+// keepFlags say how much of what was fetched is kept, and how far it is trusted.
+func keepFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "cache-size", Usage: "keep at most `SIZE` of what was fetched, of all mounts together, or unlimited", DefaultText: "10% of the file system, at most 20GiB"},
+		&cli.StringFlag{Name: "cache-min-free", Usage: "leave at least `SIZE` of the cache's file system free", DefaultText: "5% of the file system, at most 1GiB"},
+		&cli.BoolFlag{Name: "paranoid", Usage: "compare what is kept with its checksums at every read, not at the first of this mount only"},
+	}
+}
+
+// keepOptions are those flags as they were given: a server that takes over a mount gets
+// them again.
+type keepOptions struct {
+	size, minFree string
+	paranoid      bool
+}
+
+func readKeepOptions(c *cli.Context) (keepOptions, error) {
+	k := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free"), paranoid: c.Bool("paranoid")}
+	_, err := k.options(nil)
+	return k, err
+}
+
+// keptOptions are those of a recorded mount.
+func keptOptions(a backend.Access) keepOptions {
+	return keepOptions{size: a.CacheSize, minFree: a.CacheMinFree, paranoid: a.Paranoid}
+}
+
+// options are what the cache takes.
+func (k keepOptions) options(log *slog.Logger) (blobcache.Options, error) {
+	o := blobcache.Options{Paranoid: k.paranoid, Logger: log}
+	var err error
+	switch k.size {
+	case "":
+	case "unlimited":
+		o.MaxBytes = -1
+	default:
+		if o.MaxBytes, err = parseSize("cache-size", k.size); err == nil && o.MaxBytes == 0 {
+			err = usagef("--cache-size 0: want 1MiB or more, or unlimited")
+		}
+	}
+	if err != nil || k.minFree == "" {
+		return o, err
+	}
+	if o.MinFree, err = parseSize("cache-min-free", k.minFree); o.MinFree == 0 {
+		o.MinFree = -1
+	}
+	return o, err
+}
+
+// parseSize reads a number of bytes with a binary unit.
+func parseSize(flag, s string) (int64, error) {
+	digits := strings.TrimRight(s, "KMGTiB")
+	n, err := strconv.ParseInt(digits, 10, 64)
+	shift, known := map[string]int{"": 0, "B": 0, "K": 10, "KiB": 10, "M": 20, "MiB": 20, "G": 30, "GiB": 30, "T": 40, "TiB": 40}[s[len(digits):]]
+	if err != nil || n < 0 || !known || n > math.MaxInt64>>shift {
+		return 0, usagef("--%s %q: want a size as 64MiB (K, M, G and T, or KiB, MiB, GiB and TiB)", flag, s)
+	}
+	return n << shift, nil
+}
+
+func (p *program) cacheCommand() *cli.Command {
+	dir := func() cli.Flag {
+		return &cli.StringFlag{Name: "cache-dir", Usage: "the cache below `DIR` (default: that of mount)"}
+	}
+	command := func(name, args, usage string, action func(*cli.Context, *blobcache.Cache) error, flags ...cli.Flag) *cli.Command {
+		return &cli.Command{
+			Name: name, Usage: usage, ArgsUsage: args, OnUsageError: usageError,
+			Flags:  append(flags, dir(), jsonFlag()),
+			Action: func(c *cli.Context) error { return p.withCache(c, action) },
+		}
+	}
+	return &cli.Command{
+		Name:  "cache",
+		Usage: "look at what was fetched and is kept, and make room",
+		Description: "The cache holds the chunks of layers that were read, for every mount of this user. What was\n" +
+			"not read for longest goes by itself where it would take more than --cache-size of mount.",
+		HideHelpCommand: true,
+		Subcommands: []*cli.Command{
+			command("ls", " ", "show what is kept of each layer", p.cacheList),
+			command("du", " ", "show how much is kept in all, and the limits", p.cacheUsage, keepFlags()[:2]...),
+			command("prune", " ", "remove all that is not in use", p.cachePrune,
+				&cli.StringFlag{Name: "keep", Usage: "remove what was not read for longest, until at most `SIZE` is left", Value: "0"}),
+			command("verify", " ", "compare everything with its checksums; what is damaged will be fetched again", p.cacheVerify),
+			command("rm", "DIGEST...", "remove layers that are not in use", p.cacheRemove),
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("unknown command %q; see erofs-oci cache --help", "cache "+c.Args().First())
+			}
+			return cli.ShowSubcommandHelp(c)
+		},
+	}
+}
+
+// withCache opens the cache for a command.
+func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache.Cache) error) (err error) {
+	if c.Command.Name != "rm" && c.NArg() != 0 {
+		return usagef("cache %s takes no arguments", c.Command.Name)
+	}
+	keep := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free")}
+	o, err := keep.options(slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	if err != nil {
+		return err
+	}
+	dir, err := p.cacheDir(c.String("cache-dir"), os.Geteuid())
+	if err != nil {
+		return err
+	}
+	cache, err := blobcache.New(dir, o)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cache.Close()) }()
+	return action(c, cache)
+}
+
+func (p *program) cacheList(c *cli.Context, cache *blobcache.Cache) error {
+	list, err := cache.List()
+	if c.Bool("json") {
+		return errors.Join(err, printJSON(p.stdout, list))
+	}
+	if len(list) == 0 {
+		return err
+	}
+	t := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "DIGEST\tSIZE\tKEPT\tCHUNK\tUSED\tSTATE")
+	for _, k := range list {
+		used, state := "-", "idle"
+		if !k.Used.IsZero() {
+			used = k.Used.Local().Format(time.DateTime)
+		}
+		if k.InUse {
+			state = "in use"
+		}
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\n", k.Digest, k.Size, k.Present, k.ChunkSize, used, state)
+	}
+	return errors.Join(err, t.Flush())
+}
+
+func (p *program) cacheUsage(c *cli.Context, cache *blobcache.Cache) error {
+	u, err := cache.Usage()
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(p.stdout, u)
+	}
+	limit := "unlimited"
+	if u.Limit > 0 {
+		limit = strconv.FormatInt(u.Limit, 10)
+	}
+	t := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "directory\t%s\nlayers\t%d\nkept\t%d bytes\nlimit\t%s\nfree\t%d bytes\nleft free\t%d bytes\n",
+		printable(u.Directory), u.Blobs, u.Occupied, limit, u.Free, u.MinFree)
+	return t.Flush()
+}
+
+func (p *program) cachePrune(c *cli.Context, cache *blobcache.Cache) error {
+	keep, err := parseSize("keep", c.String("keep"))
+	if err != nil {
+		return err
+	}
+	freed, err := cache.Prune(keep)
+	return errors.Join(err, p.printFreed(c, freed))
+}
+
+func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
+	if c.NArg() == 0 {
+		return usagef("cache rm takes the digests that cache ls shows")
+	}
+	if err := noOptions(c, c.Args().Slice(), "DIGEST"); err != nil {
+		return err
+	}
+	var freed int64
+	var errs []error
+	for _, arg := range c.Args().Slice() {
+		d, err := digest.Parse(arg)
+		if err != nil {
+			return usagef("%q: %w; want sha256:HEX", arg, err)
+		}
+		n, err := cache.Remove(d.String())
+		freed, errs = freed+n, append(errs, err)
+	}
+	return errors.Join(append(errs, p.printFreed(c, freed))...)
+}
+
+func (p *program) printFreed(c *cli.Context, freed int64) error {
+	if c.Bool("json") {
+		return printJSON(p.stdout, map[string]int64{"freed": freed})
+	}
+	_, err := fmt.Fprintf(p.stdout, "%d bytes freed\n", freed)
+	return err
+}
+
+func (p *program) cacheVerify(c *cli.Context, cache *blobcache.Cache) error {
+	checks := []blobcache.Check{}
+	err := cache.Verify(c.Context, func(check blobcache.Check) error {
+		checks = append(checks, check)
+		return nil
+	})
+	var damaged int64
+	for _, check := range checks {
+		damaged += check.Damaged
+	}
+	if c.Bool("json") {
+		err = errors.Join(err, printJSON(p.stdout, checks))
+	} else {
+		err = errors.Join(err, printChecks(p.stdout, checks))
+	}
+	if damaged > 0 {
+		err = errors.Join(err, fmt.Errorf("%d chunks were damaged; they are removed, and will be fetched again when they are read", damaged))
+	}
+	return err
+}
+
+func printChecks(w io.Writer, checks []blobcache.Check) error {
+	if len(checks) == 0 {
+		return nil
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "DIGEST\tCHUNKS\tDAMAGED")
+	for _, check := range checks {
+		fmt.Fprintf(t, "%s\t%d\t%d\n", check.Digest, check.Chunks, check.Damaged)
+	}
+	return t.Flush()
+}

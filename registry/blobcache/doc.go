@@ -1,0 +1,73 @@
+// Package blobcache keeps the parts of blobs that were read on disk, and fetches each part once, however many readers
+// want it, in however many processes, today or next week.
+//
+// A blob is cut into chunks of 256 KiB. To a process, a chunk is absent, in flight or present:
+//
+//	ReadAt ── all present ──────────────────────────────────────────── pread ──► p
+//	   │                                                                 ▲
+//	   └─ some absent ─► claim them, join those in flight ─► wait, a chunk at a time
+//	                       │
+//	                       └─► flights, one for each run of adjacent absent chunks
+//	                             on disk? ─► checksum, Verify ──────────────────────────┐
+//	                             another process fetches it? ─► wait until it has ──────┤
+//	                             else Fetch ─► body ─► chunk whole ─► Verify ─► pwrite ─┴─► presence bit ─► waiters leave
+//
+// A flight belongs to the Blob that began it and a wait to the reader: a reader leaves when its own chunks are there
+// or its context ends, and the flight goes on for the others until Close. What a flight could not bring is absent
+// again, and the readers who waited for it get its error: nothing is ever filled in.
+//
+// A server that answers the whole blob to a request for a range is read to its end, since to ask again would bring
+// the whole again. Such a flight is the blob's stream: it publishes every chunk that passes, readers of chunks that
+// are still to come wait for it, and it takes over what other flights have asked for but not begun to receive. (Of two
+// processes each has its own stream.)
+//
+// Before anybody waits for them, chunks are fetched that will probably be read next: a window in front of whoever goes
+// forward through the blob, and the rest of a region of which half was read (see guesser). What is guessed from is the
+// first read of each chunk, whether it was absent or fetched ahead; all other reads pay for a look at one bitmap. A
+// guess goes behind the flight that is just to begin, or is a flight of its own. It has no claim on the limit for what
+// somebody waits for, has a limit of its own, and where that is reached it is dropped, not queued. A reader of a chunk
+// that is fetched ahead waits for it as for any other; if that fails, the reader fetches it, and nothing is guessed
+// until something goes well again.
+//
+// # On disk
+//
+// The directory is its owner's alone. It has a file for each blob and unit, named after the digest, with byte i of the
+// blob at base + i and holes where chunks are absent; in front of that a checksum of each chunk that is there (see
+// format.go), and "space", the number of bytes that all of them take.
+//
+// # Several processes
+//
+// They speak through locks on ranges of the files, which the kernel drops with the process that held them:
+//
+//	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
+//	blob       shared by who has it open; whoever gets it exclusively may remove the file, or make it anew
+//	chunk      exclusive: its fetch. Others wait, look again and again, and take over when the lock is free
+//	region     shared, 4 MiB: its lease. Who has it may read chunks there; who gets it exclusively may punch a hole
+//
+// So the bitmap of present chunks, which is in memory, can be believed without asking anybody: it has bits only for
+// leased regions, where no other process punches. Leases of what was not read for 20 s are given up where there are
+// other processes. This process itself, when it evicts, clears the bits first, counts a generation up, and then makes
+// the hole; a reader of present chunks compares the generation before its look at the bitmap with that after its
+// pread, and begins anew where they differ. That costs two loads. A lock around each pread, or a generation in the
+// file, would be system calls: see BenchmarkGuard. A region that somebody waits for, or that something is in flight
+// to, is not evicted at all.
+//
+// # Crashes
+//
+// Nothing is synced and nothing is marked clean or unclean. A chunk's data is written before its checksum, so whatever
+// a killed process leaves is whole; of what a power failure leaves, any sector may be old or missing. Therefore a
+// process believes no chunk that it finds: it reads all of it and compares the checksum (and calls Verify) before its
+// first use, once for each lease. A chunk that differs is fetched again. A bit that flips on disk later, while the
+// lease lasts, is noticed with Options.Paranoid only.
+//
+// # Limits
+//
+// Before a chunk is written, its bytes are taken from what Options.MaxBytes and MinFree allow; where there are none
+// left, regions that were not read for longest are evicted, of whatever blob. If nothing can be, since all is in use,
+// or the disk is full after all, no read fails: the chunk is handed to those who wait for it and is absent afterwards,
+// which is logged once.
+//
+// The package does not retry, bound how long a fetch may take, or know how to verify: the Fetcher does the first two,
+// the hook the third. It knows nothing of HTTP or registries, nor of what is in a blob. It takes a local file system
+// with locks (ext4, xfs, btrfs, tmpfs); one without hole punching gives back whole blobs only.
+package blobcache

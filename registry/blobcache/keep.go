@@ -1,0 +1,96 @@
+package blobcache
+
+import (
+	"errors"
+	"time"
+)
+
+const (
+	// houseEvery is how often the cache is looked after: times of use reach the disk, and what was not read lately is
+	// let go of.
+	houseEvery = 5 * time.Second
+	// idle is how long a region is not read before another process may evict it.
+	idle = 20 * time.Second
+)
+
+// tick sets the clock by which the use of regions is noted. Reads of what is present do not set it: they cost less
+// than asking for the time would.
+func (c *Cache) tick() { c.clock.Store(time.Now().UnixMicro()) }
+
+// keepHouse runs until the cache is closed.
+func (c *Cache) keepHouse() {
+	t := time.NewTicker(houseEvery)
+	defer t.Stop()
+	said := ""
+	for {
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-t.C:
+		}
+		c.tick()
+		others, err := c.space.others()
+		for _, s := range c.hold() {
+			err = errors.Join(err, s.keepHouse(others > 0), c.release(s))
+		}
+		if err != nil && err.Error() != said {
+			said = err.Error()
+			c.options.Logger.Warn("look after the cache", "directory", c.dir.Name(), "error", err)
+		}
+	}
+}
+
+// keepHouse writes down when regions were used and, where there are other processes, lets go of those that were not
+// used lately, and looks whether the others have completed the blob.
+func (s *store) keepHouse(shared bool) error {
+	err := s.storeUses()
+	if !shared {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := s.cache.clock.Load() - idle.Microseconds()
+	for r := range s.disk.regions {
+		if s.leased.has(r) && s.used[r].Load() < before {
+			err = errors.Join(err, s.letGo(r))
+		}
+	}
+	for b := range s.blobs {
+		if b.onComplete != nil {
+			return errors.Join(err, s.recount())
+		}
+	}
+	return err
+}
+
+// recount looks which chunks are on disk, where others fetch and evict, too. The caller holds s.mu.
+func (s *store) recount() error {
+	for i := range s.known {
+		s.known[i].Store(0)
+	}
+	s.counters.chunksPresent.Store(0)
+	err := s.disk.scan(s.learn)
+	s.completed()
+	return err
+}
+
+// storeUses writes down when regions were used, where that is news and the disk has room for it.
+func (s *store) storeUses() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.disk.nowhere {
+		return nil
+	}
+	for r := range s.stored {
+		if when := s.used[r].Load(); when != s.stored[r] {
+			if err := s.disk.putUse(int64(r), when); err != nil {
+				if full(err) {
+					return nil // the order of eviction suffers, and nothing else
+				}
+				return err
+			}
+			s.stored[r] = when
+		}
+	}
+	return nil
+}

@@ -1,0 +1,342 @@
+package blobcache
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Who fetches a chunk holds its lock, and finds out under it whether another process has fetched it meanwhile. What
+// others hold is waited for by a flight of its own, which looks again and again: such a wait can be ended by Close, and
+// a lock whose process was killed is free for the next one who tries.
+const (
+	firstPause = time.Millisecond
+	mostPause  = 20 * time.Millisecond
+)
+
+// fromDisk publishes those of f's chunks that are on disk: from an earlier mount, or from another process.
+func (f *flight) fromDisk() error {
+	b, s := f.blob, f.blob.store
+	var buffer *[]byte
+	for chunk := range s.disk.present(f.first, f.end) {
+		pend := f.owing(chunk)
+		if pend == nil {
+			continue
+		}
+		if buffer == nil {
+			if err := s.cache.loads.Acquire(b.ctx, 1); err != nil {
+				return err
+			}
+			defer s.cache.loads.Release(1)
+			buffer = s.buffers.Get().(*[]byte)
+			defer s.buffers.Put(buffer)
+		}
+		if err := f.load(chunk, pend, (*buffer)[:s.disk.chunkLen(chunk)]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// owing gives a chunk that f is to bring, or nil.
+func (f *flight) owing(chunk int64) *pending {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if pend := s.inflight[chunk]; pend != nil && pend.flight == f {
+		return pend
+	}
+	return nil
+}
+
+// load publishes a chunk that is on disk, if it is what it should be; else it makes it absent. An error is that of an
+// ended flight only.
+func (f *flight) load(chunk int64, pend *pending, data []byte) error {
+	s := f.blob.store
+	s.mu.Lock()
+	err := s.lease(chunk / s.disk.perRegion)
+	s.mu.Unlock()
+	if err != nil {
+		return ignore(err, errLocked) // it is being evicted
+	}
+	there, err := s.disk.load(chunk, data)
+	if err == nil && !there {
+		return nil
+	}
+	if err == nil {
+		err = f.verify(chunk, data)
+	}
+	if errors.Is(err, errAbandoned) {
+		return err
+	}
+	if err != nil {
+		f.discard(chunk, err)
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight[chunk] != pend {
+		return nil
+	}
+	f.deliver(chunk, pend, true)
+	return nil
+}
+
+// discard takes a damaged chunk off the disk, for it to be fetched again, unless another process is about to.
+func (f *flight) discard(chunk int64, why error) {
+	s := f.blob.store
+	s.cache.options.Logger.Warn("cached chunk discarded; it is fetched again", "blob", s.digest, "chunk", chunk, "error", why)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.unlearn(chunk)
+	if f.lock(chunk) != nil {
+		return
+	}
+	// The data stays: another process may be content with it, and read it just now.
+	if err := s.disk.erase(chunk, chunk+1); err != nil {
+		s.cache.options.Logger.Warn("discard a cached chunk", "blob", s.digest, "chunk", chunk, "error", err)
+	}
+}
+
+// lock takes the lock of a chunk for f. The caller holds s.mu.
+func (f *flight) lock(chunk int64) error {
+	s := f.blob.store
+	if f.has(chunk) {
+		return nil
+	}
+	if s.locks[chunk] == 0 {
+		if err := s.disk.lockChunk(unix.F_WRLCK, chunk); err != nil {
+			return err
+		}
+	}
+	s.locks[chunk]++
+	f.locks = append(f.locks, chunk)
+	return nil
+}
+
+// unlock lets go of the locks of f. The caller holds s.mu.
+func (f *flight) unlock() {
+	s := f.blob.store
+	for _, chunk := range f.locks {
+		if s.locks[chunk]--; s.locks[chunk] > 0 {
+			continue
+		}
+		delete(s.locks, chunk)
+		if err := s.disk.lockChunk(unix.F_UNLCK, chunk); err != nil {
+			s.cache.options.Logger.Warn("unlock a chunk", "blob", s.digest, "chunk", chunk, "error", err)
+		}
+	}
+	f.locks = nil
+}
+
+// divide takes the locks of what f owes. f keeps the first run of chunks that are absent; other runs become flights of
+// their own, and so does the wait for what other processes have the locks of. What was to be fetched ahead and is
+// fetched by others is none of ours.
+func (f *flight) divide() error {
+	s := f.blob.store
+	s.mu.Lock()
+	var theirs []int64
+	for c := f.first; c < f.end; c++ {
+		if pend := s.inflight[c]; pend != nil && pend.flight == f && f.lock(c) != nil {
+			theirs = append(theirs, c)
+		}
+	}
+	s.mu.Unlock()
+	if err := f.fromDisk(); err != nil { // what was fetched before the locks were ours
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f.blob.closed.Load() {
+		return errAbandoned
+	}
+	f.leave(theirs)
+	runs := f.runs()
+	f.looked = true
+	if len(runs) == 0 {
+		return nil
+	}
+	for _, run := range runs[1:] {
+		f.spinOff(run)
+	}
+	f.first, f.end = runs[0].first, runs[0].end
+	f.demanded = min(max(f.demanded, f.first), f.end)
+	return nil
+}
+
+// leave has the chunks waited for that other processes fetch. The caller holds s.mu.
+func (f *flight) leave(theirs []int64) {
+	s := f.blob.store
+	var w *flight
+	for _, c := range theirs {
+		pend := s.inflight[c]
+		if pend == nil || pend.flight != f {
+			continue
+		}
+		if pend.ahead {
+			s.drop(c, pend, errAbandoned)
+			continue
+		}
+		if w == nil {
+			w = f.blob.newFlight(c)
+			w.waits = true
+		}
+		w.end, w.demanded = c+1, c+1
+		pend.flight = w
+	}
+	if w != nil {
+		f.blob.start([]*flight{w})
+	}
+}
+
+type chunkRun struct{ first, end int64 }
+
+// runs gives what f owes. The caller holds s.mu.
+func (f *flight) runs() []chunkRun {
+	s := f.blob.store
+	var runs []chunkRun
+	for c := f.first; c < f.end; c++ {
+		if pend := s.inflight[c]; pend == nil || pend.flight != f {
+			continue
+		}
+		if n := len(runs); n > 0 && runs[n-1].end == c {
+			runs[n-1].end++
+		} else {
+			runs = append(runs, chunkRun{c, c + 1})
+		}
+	}
+	return runs
+}
+
+// spinOff makes a run of f's chunks a flight of its own, with the locks of f, and without what nobody has asked for
+// where no slot is free for that. The caller holds s.mu.
+func (f *flight) spinOff(run chunkRun) {
+	s := f.blob.store
+	g := f.blob.newFlight(run.first)
+	g.looked = true
+	g.end = run.end
+	g.demanded = min(max(f.demanded, run.first), run.end)
+	if g.demanded < g.end {
+		g.ahead = s.cache.ahead.TryAcquire(1)
+	}
+	for c := run.first; c < run.end; c++ {
+		pend := s.inflight[c]
+		if c >= g.demanded && !g.ahead {
+			s.drop(c, pend, errAbandoned)
+			continue
+		}
+		pend.flight = g
+		if s.locks[c] > 0 {
+			s.locks[c]++
+			g.locks = append(g.locks, c)
+		}
+	}
+	if !g.ahead {
+		g.end = g.demanded
+	}
+	if g.end > g.first {
+		f.blob.start([]*flight{g})
+	}
+}
+
+// await waits for what other processes fetch. What nobody fetches any more, since its process failed or was killed, is
+// fetched by a flight of ours; so is, in the end, what does not come, but that cannot be kept.
+func (f *flight) await() error {
+	b, s := f.blob, f.blob.store
+	begin := time.Now()
+	for wait := firstPause; ; wait = min(2*wait, mostPause) {
+		if err := pause(b.ctx, wait); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		free := false
+		for _, run := range f.runs() {
+			for c := run.first; c < run.end; c++ {
+				free = f.lock(c) == nil || free
+			}
+		}
+		s.mu.Unlock()
+		if err := f.fromDisk(); err != nil {
+			return err
+		}
+		if late := time.Since(begin) > s.cache.options.Patience; free || late {
+			f.takeOver(late)
+		}
+		if !f.owes() {
+			return nil
+		}
+	}
+}
+
+// takeOver begins flights for the chunks whose locks are f's now, or for all.
+func (f *flight) takeOver(all bool) {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f.blob.closed.Load() {
+		return
+	}
+	for _, run := range f.runs() {
+		for c := run.first; c < run.end; {
+			end := c + 1
+			mine := s.locks[c] > 0
+			for end < run.end && (s.locks[end] > 0) == mine && end-c < s.perFlight() {
+				end++
+			}
+			if mine || all {
+				f.spinOff(chunkRun{c, end})
+			}
+			c = end
+		}
+	}
+	f.unlock()
+}
+
+// keep writes a chunk to the disk, if nobody else does or did.
+func (f *flight) keep(chunk int64, data []byte) error {
+	s := f.blob.store
+	if s.disk.nowhere {
+		return errNoRoom
+	}
+	s.mu.Lock()
+	err := s.lease(chunk / s.disk.perRegion)
+	if err == nil && !f.has(chunk) {
+		if err = f.lock(chunk); err == nil {
+			for range s.disk.present(chunk, chunk+1) {
+				err = errLocked // it was fetched by another process: who reads it next checks it
+			}
+		}
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	n := int64(len(data))
+	if err := s.cache.space.take(n); err != nil {
+		return err
+	}
+	err = s.disk.put(chunk, data)
+	if err != nil {
+		err = errors.Join(err, s.giveBack(chunk))
+	}
+	s.cache.space.wrote(n, err == nil)
+	return err
+}
+
+// giveBack frees what a write that failed has taken, unless another process may read there.
+func (s *store) giveBack(chunk int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	region := chunk / s.disk.perRegion
+	if err := s.disk.lockRegion(unix.F_WRLCK, region); err != nil {
+		return ignore(err, errLocked)
+	}
+	return errors.Join(s.disk.punch(chunk, chunk+1), s.disk.lockRegion(unix.F_RDLCK, region))
+}
+
+// has says whether f has the lock of the chunk. The caller holds s.mu.
+func (f *flight) has(chunk int64) bool {
+	return slices.Contains(f.locks, chunk)
+}

@@ -1,0 +1,267 @@
+package blobcache
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A space says how much may still be written to the directory, by all processes together. Its file has one number,
+//
+//	0  u64  bytes that are kept, or that some process has been granted
+//	8  u64  the same, all bits inverted
+//
+// which is changed under the directory's lock only. A process is granted some MiB at a time, so that not every chunk
+// costs a lock. What a killed process had been granted is lost until somebody counts: whoever finds the cache full
+// looks how much the files really take, and adds a grant for each process that lives: the number is so never too low, but
+// for what other processes are just writing.
+type space struct {
+	c     *Cache
+	file  *os.File
+	limit int64 // 0: none
+	free  int64 // to be left free in the file system
+	grant int64
+
+	mu      sync.Mutex // goes with the lock of the directory, which is the file's and not a goroutine's
+	taking  sync.Mutex // guards what follows
+	left    int64      // granted, not used yet
+	writing int64      // used, but may not be in the files yet
+	refused time.Time  // until when there is no room
+}
+
+const (
+	defaultShare   = 10 // per cent of the file system
+	defaultMost    = 20 << 30
+	defaultMinFree = 1 << 30
+	usualGrant     = 4 << 20
+	// dirPatience is how long somebody may hold the directory's lock: who holds it longer is stopped, or has a disk
+	// that does not answer. Readers do not wait so long for what they can do without.
+	dirPatience   = 10 * time.Second
+	grantPatience = time.Second
+	// refusedFor is how long it is believed that there is no room, and longFor that nobody answers.
+	refusedFor = time.Second
+	longFor    = time.Minute
+)
+
+var (
+	errNoRoom = errors.New("the cache has no room beside what is in use")
+	errNobody = errors.New("another process holds the lock of the directory and does nothing")
+)
+
+func newSpace(c *Cache) (*space, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(c.dir.Fd()), &st); err != nil {
+		return nil, fmt.Errorf("statfs %s: %w", c.dir.Name(), err)
+	}
+	total := int64(st.Blocks) * st.Frsize
+	s := &space{c: c, limit: c.options.MaxBytes, free: c.options.MinFree}
+	if s.limit == 0 {
+		s.limit = min(total/100*defaultShare, defaultMost)
+	}
+	if s.limit < 0 {
+		s.limit = 0
+	}
+	if s.free == 0 {
+		s.free = min(total/20, defaultMinFree)
+	}
+	s.grant = usualGrant
+	if s.limit > 0 {
+		s.grant = min(s.grant, max(s.limit/16, minChunkSize))
+	}
+	var err error
+	if s.file, err = c.openPrivate("space", unix.O_CREAT); err != nil {
+		return nil, err
+	}
+	if err := s.register(); err != nil {
+		return nil, errors.Join(err, s.file.Close())
+	}
+	return s, nil
+}
+
+// register makes this process one of those that live. The first one counts.
+func (s *space) register() error {
+	return s.locked(context.Background(), func() error {
+		for {
+			err := lock(s.file, unix.F_WRLCK, lockProcess+rand.Int64N(1<<20))
+			if errors.Is(err, errLocked) {
+				continue // a process has this number
+			}
+			if err != nil {
+				return err
+			}
+			break
+		}
+		others, err := s.others()
+		if err != nil || others > 0 {
+			return err
+		}
+		if err := s.count(); !full(err) {
+			return err
+		}
+		return nil // who wants to write will find out
+	})
+}
+
+// full says that an error is a full disk's.
+func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
+// others is how many processes have the cache open beside this one.
+func (s *space) others() (int64, error) { return othersHold(s.file, lockProcess, 1<<20) }
+
+// locked calls f with the lock of the directory.
+func (s *space) locked(ctx context.Context, f func() error) error {
+	return s.lockedWithin(ctx, dirPatience, f)
+}
+
+func (s *space) lockedWithin(ctx context.Context, limit time.Duration, f func() error) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := lockWithin(ctx, s.file, unix.F_WRLCK, lockDir, limit); err != nil {
+		return fmt.Errorf("directory %s: %w", s.c.dir.Name(), err)
+	}
+	defer func() { err = errors.Join(err, lock(s.file, unix.F_UNLCK, lockDir)) }()
+	return f()
+}
+
+// take makes n bytes ours to write, or says why there is no room for them.
+func (s *space) take(n int64) error {
+	s.taking.Lock()
+	defer s.taking.Unlock()
+	if s.left >= n {
+		s.left, s.writing = s.left-n, s.writing+n
+		return nil
+	}
+	if time.Now().Before(s.refused) {
+		return errNoRoom
+	}
+	more := max(n, s.grant)
+	err := s.lockedWithin(s.c.ctx, grantPatience, func() error { return s.refill(more) })
+	if errors.Is(err, errLocked) {
+		s.refused = time.Now().Add(longFor)
+		return fmt.Errorf("%w: %w", errNoRoom, errNobody)
+	}
+	if err != nil {
+		s.refused = time.Now().Add(refusedFor)
+		return err
+	}
+	s.left, s.writing = s.left+more-n, s.writing+n
+	return nil
+}
+
+// wrote says that n bytes that were taken are in a file now, or were not written after all.
+func (s *space) wrote(n int64, kept bool) {
+	s.taking.Lock()
+	defer s.taking.Unlock()
+	s.writing -= n
+	if !kept {
+		s.left += n
+	}
+}
+
+// refill grants n bytes, and makes room for them where there is none. The caller has the directory's lock.
+func (s *space) refill(n int64) error {
+	used, ok := s.read()
+	if !ok || s.limit > 0 && used+n > s.limit {
+		if err := s.count(); err != nil {
+			return err
+		}
+		used, _ = s.read()
+	}
+	short, err := s.short(used, n)
+	if err != nil {
+		return err
+	}
+	if short > 0 {
+		// Some more than is needed, so that this is not done for each grant.
+		freed, err := s.c.evict(short+s.limit/64, false)
+		if err != nil {
+			s.c.options.Logger.Warn("evict from the cache", "directory", s.c.dir.Name(), "error", err)
+		}
+		used = max(used-freed, 0)
+		if short, err = s.short(used, n); err != nil {
+			return errors.Join(err, s.write(used))
+		}
+	}
+	if short > 0 {
+		return errors.Join(errNoRoom, s.write(used))
+	}
+	return s.write(used + n)
+}
+
+// short is how much is to be evicted before n bytes can be granted.
+func (s *space) short(used, n int64) (int64, error) {
+	var short int64
+	if s.limit > 0 {
+		short = used + n - s.limit
+	}
+	if s.free > 0 {
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(int(s.c.dir.Fd()), &st); err != nil {
+			return 0, fmt.Errorf("statfs %s: %w", s.c.dir.Name(), err)
+		}
+		short = max(short, s.free+n-int64(st.Bavail)*st.Frsize)
+	}
+	return short, nil
+}
+
+// count looks how much the files take. The caller has the directory's lock.
+func (s *space) count() error {
+	sum, err := s.c.occupied()
+	if err != nil {
+		return err
+	}
+	others, err := s.others()
+	if err != nil {
+		return err
+	}
+	return s.write(sum + others*s.grant + s.left + s.writing)
+}
+
+func (s *space) read() (used int64, ok bool) {
+	var b [16]byte
+	if _, err := s.file.ReadAt(b[:], 0); err != nil {
+		return 0, false
+	}
+	n, inverted := binary.LittleEndian.Uint64(b[:]), binary.LittleEndian.Uint64(b[8:])
+	return int64(n), n == ^inverted && n < 1<<62
+}
+
+func (s *space) write(used int64) error {
+	var b [16]byte
+	binary.LittleEndian.PutUint64(b[:], uint64(used))
+	binary.LittleEndian.PutUint64(b[8:], ^uint64(used))
+	_, err := s.file.WriteAt(b[:], 0)
+	return err
+}
+
+// less says that bytes were given back by who has the directory's lock.
+func (s *space) less(freed int64) error {
+	used, ok := s.read()
+	if !ok {
+		return nil // the next one counts
+	}
+	return s.write(max(used-freed, 0))
+}
+
+// close gives back what was granted and not used.
+func (s *space) close() error {
+	s.taking.Lock()
+	left := s.left
+	s.left = 0
+	s.taking.Unlock()
+	var err error
+	if left > 0 {
+		err = s.locked(context.Background(), func() error { return s.less(left) })
+		if errors.Is(err, errLocked) || full(err) {
+			err = nil // it is found by the next one who counts
+		}
+	}
+	return errors.Join(err, s.file.Close())
+}
