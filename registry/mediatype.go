@@ -16,7 +16,8 @@ const (
 	// MediaTypeChunkIndex is a chunk index for the layer before it.
 	MediaTypeChunkIndex = "application/vnd.erofs.chunk-index.v1"
 
-	mediaTypeContainerdErofs     = "application/vnd.erofs.layer.v1"
+	// MediaTypeContainerdErofs is a raw EROFS image under containerd's name.
+	MediaTypeContainerdErofs     = "application/vnd.erofs.layer.v1"
 	mediaTypeContainerdErofsZstd = "application/vnd.erofs.layer.v1+zstd"
 
 	mediaTypeDockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -29,9 +30,41 @@ const (
 	annotationRole = "org.erofs.role"
 	roleDevice     = "device"
 
-	// featureErofs in os.features marks the index entry whose layers are EROFS.
-	featureErofs = "erofs"
+	// FeatureErofs in os.features marks the index entry whose layers are EROFS, and
+	// their configuration.
+	FeatureErofs = "erofs"
+
+	// RoleLower on a layer says that it is one of several to be mounted over each
+	// other.
+	RoleLower = "overlay-lower"
 )
+
+// Annotations on the descriptor of an EROFS layer. The ones of a chunk index say
+// where in the blob it is and what its bytes are; those of dm-verity say where the
+// superblock is and what the tree leads up to.
+const (
+	AnnotationRole               = annotationRole
+	AnnotationUncompressedDigest = "org.erofs.uncompressed-digest"
+	AnnotationChunkIndexRange    = "org.erofs.chunk-index.range"
+	AnnotationChunkIndexDigest   = "org.erofs.chunk-index.digest"
+	AnnotationChunkIndexType     = "org.erofs.chunk-index.mediaType"
+	AnnotationChunkIndexTarget   = "org.erofs.chunk-index.target" // of one in a blob of its own: the layer's digest
+	AnnotationVerityOffset       = "org.erofs.dmverity.hash_offset"
+	AnnotationVerityRoot         = "org.erofs.dmverity.root_digest"
+	AnnotationVerityBlockSize    = "org.erofs.dmverity.block_size"
+
+	// containerd's older names for the same; it has none for the index of a raw image.
+	AnnotationContainerdVerityOffset    = "dev.containerd.erofs.dmverity.offset"
+	AnnotationContainerdVerityRoot      = "dev.containerd.erofs.dmverity.root_digest"
+	AnnotationContainerdVerityBlockSize = "dev.containerd.erofs.dmverity.block_size"
+)
+
+// Erofs says that the layer is an EROFS image by its media type, raw or in zstd
+// frames.
+func (l Layer) Erofs() bool {
+	kind := layerKindOf(l.MediaType)
+	return kind == kindErofs || kind == kindErofsZstd
+}
 
 // manifestAccept is the Accept header of a manifest request.
 var manifestAccept = strings.Join([]string{
@@ -66,7 +99,7 @@ const (
 // containerd's, then any type ending in ".erofs".
 func layerKindOf(t string) layerKind {
 	switch t {
-	case MediaTypeErofs, mediaTypeContainerdErofs:
+	case MediaTypeErofs, MediaTypeContainerdErofs:
 		return kindErofs
 	case MediaTypeErofsZstd, mediaTypeContainerdErofsZstd:
 		return kindErofsZstd

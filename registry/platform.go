@@ -192,7 +192,7 @@ func choose(entries []ocispec.Descriptor, want platform) int {
 		if p.arch == want.arch {
 			rank[0] = 0
 		}
-		if slices.Contains(e.Platform.OSFeatures, featureErofs) {
+		if slices.Contains(e.Platform.OSFeatures, FeatureErofs) {
 			rank[1] = 0
 		}
 		if best < 0 || slices.Compare(rank[:], bestRank[:]) < 0 {
