@@ -240,7 +240,7 @@ func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, 
 		return err
 	}
 	o.id = o.layer.Digest.String()
-	o.blob, err = o.cache.Open(o.id, blob.Size(), blob)
+	o.blob, err = o.cache.Open(o.id, blob.Size(), blob, blobcache.OpenOptions{})
 	return err
 }
 
