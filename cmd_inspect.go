@@ -144,7 +144,7 @@ func (p *program) lookAtRegistry(ctx context.Context, o *opened, s *sourceOption
 	}
 	blob := inspectBlob(o.layer)
 	found.Blob = &blob
-	return found, p.openBlob(o, s.ref.registry, s, s.client.Logger)
+	return found, p.openBlob(ctx, o, s.ref.registry, s, s.client.Logger)
 }
 
 func inspectBlob(l registry.Layer) inspectedBlob {

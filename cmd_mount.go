@@ -190,6 +190,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err := src.checkDevices(ctx); err != nil {
 		return err
 	}
+	m.fuse.Revocable = src.unsure()
 	mounted, err := m.by(src.id).Mount(ctx, src.volume(), m.dir,
 		backend.Options{Name: m.name, Flags: m.flags, Log: log.Logger})
 	if err != nil {
@@ -203,6 +204,11 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return errors.Join(err, mounted.Unmount(), mounted.Wait())
 	}
+	watch, err := watchMount(claim, src, mounted, log.Logger)
+	if err != nil {
+		log.Error("the mount has no status", "err", err)
+	}
+	defer func() { err = errors.Join(err, watch.Close()) }()
 	return untilUnmounted(signals, mounted, log.Logger)
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,8 +13,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -117,6 +116,11 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 		// The mount is served; only who asked does not hear of it.
 		log.Error("announce the reattached mount", "err", err)
 	}
+	watch, err := watchMount(claim, src, mounted, log.Logger)
+	if err != nil {
+		log.Error("the reattached mount has no status", "err", err)
+	}
+	defer func() { err = errors.Join(err, watch.Close()) }()
 	return untilUnmounted(signals, mounted, log.Logger)
 }
 
@@ -155,7 +159,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err != nil {
 		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
 	}
-	s := &sourceOptions{cacheDir: rec.Access.CacheDir, client: registry.Options{
+	s := &sourceOptions{cacheDir: rec.Access.CacheDir, verify: cmp.Or(rec.Access.Verify, verifyAuto), client: registry.Options{
 		PlainHTTP: rec.Access.PlainHTTP, AuthFile: rec.Access.AuthFile, ErrorWait: wait, Logger: log.Logger,
 		Username: rec.Access.Username, Password: password,
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
@@ -166,11 +170,12 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if s.client.Username != "" && password == "" {
 		return nil, nil, fmt.Errorf("%s was mounted as user %s: give the password with reattach --password-stdin", rec.Dir, rec.Access.Username)
 	}
-	o := &opened{layer: registry.Layer{Index: -1, Descriptor: ocispec.Descriptor{Digest: digest.Digest(rec.Digest), Size: rec.Size}}}
+	o := &opened{}
+	o.image, o.layer = recordedLayer(rec, 0)
 	if o.client, err = registry.New(s.client); err != nil {
 		return nil, nil, err
 	}
-	if err := p.openBlob(o, ref, s, log.Logger); err != nil {
+	if err := p.openBlob(ctx, o, ref, s, log.Logger); err != nil {
 		return nil, nil, errors.Join(err, o.Close())
 	}
 	return o, devices, nil

@@ -36,6 +36,7 @@ func sourceFlags() []cli.Flag {
 		&cli.StringFlag{Name: "on-error", Value: "wait:60s", Usage: "how long a read waits for a network in trouble before it fails: `wait:DURATION`"},
 		&cli.IntFlag{Name: "max-conns-per-host", Value: registry.DefaultMaxConns, Usage: "keep at most `N` connections to a host"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
+		&cli.StringFlag{Name: "verify", Value: verifyAuto, Usage: "verify what is read: auto (by the image's chunk index or dm-verity tree, else the whole blob once it is here), require (refuse an image that has neither), or off (`HOW`)"},
 	}
 }
 
@@ -59,6 +60,7 @@ type sourceOptions struct {
 	cacheDir string
 	onError  string
 	tlsCA    string
+	verify   string
 	// creds says that name and password come in one line.
 	creds bool
 }
@@ -69,7 +71,7 @@ func (s *sourceOptions) access() backend.Access {
 	return backend.Access{
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
-		MaxConnsPerHost: s.client.MaxConnsPerHost,
+		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify,
 	}
 }
 
@@ -120,6 +122,11 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	conns := c.Int("max-conns-per-host")
 	if conns < 1 {
 		return usagef("--max-conns-per-host %d: want 1 or more", conns)
+	}
+	switch s.verify = c.String("verify"); s.verify {
+	case verifyAuto, verifyRequire, verifyOff:
+	default:
+		return usagef("--verify %q is not known; there are auto, require and off", s.verify)
 	}
 	authFile := c.String("authfile")
 	if authFile != "" {
@@ -196,7 +203,10 @@ type opened struct {
 	image  *registry.Image
 	layer  registry.Layer
 	cache  *blobcache.Cache
-	blob   *blobcache.Blob
+	blob   *layerSource
+	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
+	// one of each layer.
+	wrong chan error
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -223,15 +233,11 @@ func (p *program) open(ctx context.Context, s *sourceOptions, log *slog.Logger) 
 	if o.layer, err = o.client.ErofsLayer(ctx, o.image, s.selector); err != nil {
 		return nil, err
 	}
-	return o, p.openBlob(o, s.ref.registry, s, log)
+	return o, p.openBlob(ctx, o, s.ref.registry, s, log)
 }
 
 // openBlob opens o.layer, which may come from a manifest or from a record.
-func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
-	blob, err := o.client.Blob(ref, o.layer.Descriptor)
-	if err != nil {
-		return err
-	}
+func (p *program) openBlob(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
 	dir, err := p.cacheDir(s.cacheDir, os.Geteuid())
 	if err != nil {
 		return err
@@ -240,7 +246,13 @@ func (p *program) openBlob(o *opened, ref registry.Reference, s *sourceOptions, 
 		return err
 	}
 	o.id = o.layer.Digest.String()
-	o.blob, err = o.cache.Open(o.id, blob.Size(), blob, blobcache.OpenOptions{})
+	o.wrong = make(chan error, 1)
+	opener := &layerOpener{
+		client: o.client, ref: ref, image: o.image, cache: o.cache, dir: dir, verify: s.verify, log: log,
+		say:     func(format string, args ...any) { fmt.Fprintf(p.stderr, "erofs-oci: "+format+"\n", args...) },
+		onWrong: func(err error) { o.wrong <- err },
+	}
+	o.blob, err = opener.open(ctx, o.layer)
 	return err
 }
 
@@ -260,7 +272,8 @@ func (o *opened) volume() backend.Volume {
 func (o *opened) record(rec *backend.Record) {
 	rec.Size = o.volume().Primary.Size()
 	if o.blob != nil {
-		rec.Manifest, rec.Digest = o.image.Digest.String(), o.id
+		rec.Manifest, rec.Digest, rec.Size = o.image.Digest.String(), o.id, o.layer.Size
+		rec.Integrity = append(rec.Integrity, recordedIntegrity(o.image, o.layer))
 	}
 	for _, f := range o.files {
 		rec.Files = append(rec.Files, f.State())
@@ -289,6 +302,16 @@ type openedImage struct {
 	*opened
 	Image  *erofsfmt.Image
 	Volume backend.Volume
+	ctx    context.Context
+}
+
+// Close ends the reading. Where all of a layer was read it is known by then whether it was
+// right, and the error says so if it was not.
+func (o *openedImage) Close() error {
+	if o.blob != nil {
+		o.blob.settle(o.ctx)
+	}
+	return o.opened.Close()
 }
 
 // openImage opens the image that ref names, for a command with the imageFlags.
@@ -306,7 +329,7 @@ func (p *program) openImage(c *cli.Context, ref string, log *slog.Logger) (*open
 	if err != nil {
 		return nil, errors.Join(o.explain(err), o.Close())
 	}
-	return &openedImage{opened: o, Image: im, Volume: o.volume()}, nil
+	return &openedImage{opened: o, Image: im, Volume: o.volume(), ctx: c.Context}, nil
 }
 
 // explain adds to an error of the image's bytes what was looked at.

@@ -59,6 +59,12 @@ const (
 	AnnotationContainerdVerityBlockSize = "dev.containerd.erofs.dmverity.block_size"
 )
 
+// The annotations of EROFS layers begin with these.
+const (
+	PrefixErofs           = "org.erofs."
+	PrefixContainerdErofs = "dev.containerd.erofs."
+)
+
 // Erofs says that the layer is an EROFS image by its media type, raw or in zstd
 // frames.
 func (l Layer) Erofs() bool {

@@ -17,6 +17,9 @@ type Vouched struct {
 	Compressed bool // the blob is zstd frames
 	Index      *VouchedIndex
 	Verity     *VouchedVerity
+	// Uncompressed is the digest of what a compressed blob decompresses to; "" where it is
+	// not said.
+	Uncompressed digest.Digest
 	// Unknown is why an index that there is is of no use: it is as if there were none.
 	Unknown string
 }
@@ -44,6 +47,11 @@ const maxChunkIndex = 64 << 20
 // Vouched reads what the image says of its layer l. What it says wrongly is an error.
 func (im *Image) Vouched(l Layer) (v Vouched, err error) {
 	v.Compressed = layerKindOf(l.MediaType) == kindErofsZstd
+	if text := l.Annotations[AnnotationUncompressedDigest]; v.Compressed && text != "" {
+		if v.Uncompressed, err = digest.Parse(text); err != nil {
+			return v, fmt.Errorf("layer %s: %s %q: %w", l.Digest, AnnotationUncompressedDigest, clean(text, 120), err)
+		}
+	}
 	if err = v.readVerity(l); err == nil {
 		err = v.readIndex(im, l)
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"sort"
 
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
@@ -23,6 +22,8 @@ type IndexPlace struct {
 	Framed   bool   // it is in a skippable frame, of which Off and Len are
 	Digest   string // of the index itself
 	DataEnd  int64  // where the chunks end, in the blob that they are in
+	// Unchecked has nothing be verified, neither the index nor the chunks.
+	Unchecked bool
 }
 
 // An Index verifies the chunks of a blob. Together with its hook Verify it is the Fetcher
@@ -30,7 +31,8 @@ type IndexPlace struct {
 type Index struct {
 	*integrity.ChunkIndex
 	suspects
-	raw []byte // the index, where it is the blob's end; nil where it is not
+	raw       []byte // the index, where it is the blob's end; nil where it is not
+	unchecked bool
 }
 
 // ReadIndex reads the chunk index that holder has at p, and verifies it before anything
@@ -38,7 +40,7 @@ type Index struct {
 // uses what is not known here is integrity.ErrUnsupported.
 func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index, error) {
 	want, err := parseDigest(p.Digest)
-	if err != nil {
+	if err != nil && !p.Unchecked {
 		return nil, fmt.Errorf("chunk index: %w", err)
 	}
 	if p.Off < 0 || p.Len <= 0 || p.Len > MaxIndex {
@@ -54,6 +56,9 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 				return err
 			}
 		}
+		if p.Unchecked {
+			return nil
+		}
 		return want.check("the chunk index", want.of(raw))
 	}
 	if err := mend(ctx, holder, stored, p.Off, check, nil); err != nil {
@@ -63,21 +68,21 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 	if err != nil {
 		return nil, err
 	}
-	index := &Index{ChunkIndex: x, suspects: suspects{blob: blob}}
+	index := &Index{ChunkIndex: x, suspects: suspects{blob: blob}, unchecked: p.Unchecked}
 	if holder == blob && !p.Framed && x.Size() == p.Off {
 		index.raw = stored
 	}
 	return index, nil
 }
 
-// Verifies says whether the index has checksums.
+// Verifies says whether chunks can be verified, and are to be.
 func (x *Index) Verifies() bool {
 	_, ok := x.Checksums()
-	return ok
+	return ok && !x.unchecked
 }
 
 // Unit is the size of all chunks but the last one, which may be shorter, if they have one
-// and it is a power of two from min to max; else it is 0.
+// and it is a multiple of min up to max; else it is 0.
 func (x *Index) Unit(min, max int64) int64 {
 	if x.Len() == 0 {
 		return 0
@@ -85,12 +90,9 @@ func (x *Index) Unit(min, max int64) int64 {
 	unit := x.Chunk(0).Len
 	if x.Len() == 1 {
 		// Any unit that has room for it will do.
-		unit = 1 << bits.Len64(uint64(unit-1))
-		if unit < min {
-			unit = min
-		}
+		unit = (unit + min - 1) / min * min
 	}
-	if unit < min || unit > max || unit&(unit-1) != 0 {
+	if unit > max || unit%min != 0 {
 		return 0
 	}
 	for i := range x.Len() {

@@ -1,0 +1,141 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry"
+)
+
+// unsure says that what was opened may turn out to be wrong while it is mounted.
+func (o *opened) unsure() bool { return o.blob != nil && o.blob.unsure() }
+
+// status is what list asks for.
+func (o *opened) status() backend.MountStatus {
+	st := backend.MountStatus{Layers: []backend.LayerStatus{}}
+	if o.blob != nil {
+		st.Layers = append(st.Layers, o.blob.status())
+	}
+	return st
+}
+
+// A mountWatch is what goes on beside the serving of a mount: it answers who asks for its
+// status, and ends the service when its bytes turn out to be wrong.
+type mountWatch struct {
+	claim   *backend.Claim
+	mounted backend.Mount
+	log     *slog.Logger
+	status  *backend.StatusServer
+	stop    chan struct{}
+	done    sync.WaitGroup
+}
+
+// watchMount begins to watch. What it returns is to be closed, whatever the error, which
+// is that nobody can ask for the status.
+func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, log *slog.Logger) (*mountWatch, error) {
+	w := &mountWatch{claim: claim, mounted: mounted, log: log, stop: make(chan struct{})}
+	if src.unsure() {
+		w.done.Go(func() { w.await(src.wrong) })
+	}
+	var err error
+	w.status, err = claim.ServeStatus(src.status)
+	return w, err
+}
+
+// Close ends the watch.
+func (w *mountWatch) Close() error {
+	close(w.stop)
+	w.done.Wait()
+	if w.status == nil {
+		return nil
+	}
+	return w.status.Close()
+}
+
+func (w *mountWatch) await(wrong <-chan error) {
+	select {
+	case err := <-wrong:
+		w.revoke(err)
+	case <-w.stop:
+	}
+}
+
+// revoke tells everybody who can be told. What comes to us fails already.
+func (w *mountWatch) revoke(why error) {
+	if err := w.claim.Amend(func(r *backend.Record) { r.Wrong = why.Error() }); err != nil {
+		w.log.Error("record that the mount is wrong", "err", err)
+	}
+	mounted := w.mounted
+	if over, ok := mounted.(interface{ Inner() backend.Mount }); ok {
+		mounted = over.Inner()
+	}
+	err := errors.ErrUnsupported
+	if m, ok := mounted.(interface{ Revoke(error) error }); ok {
+		err = m.Revoke(why)
+	}
+	switch {
+	case err == nil:
+	case errors.Is(err, errors.ErrUnsupported):
+		w.log.Error("the kernel goes on to show what it has read, until the mount is unmounted", "err", why)
+	default:
+		w.log.Error("the kernel may go on to show what it has read, until the mount is unmounted", "err", err)
+	}
+}
+
+// recordedWrong is an error if the mount on dir is recorded to be wrong. What else there is
+// to say of the record others say.
+func recordedWrong(run *backend.RunDir, dir string) error {
+	real, err := backend.RealDir(dir)
+	if err != nil {
+		return nil
+	}
+	e, ok, err := run.Find(real)
+	if err != nil || !ok || e.Wrong == "" {
+		return nil
+	}
+	return &wrongError{fmt.Errorf("%s: %s", dir, e.Wrong)}
+}
+
+// recordedIntegrity is what another server needs to verify the same layer.
+func recordedIntegrity(im *registry.Image, l registry.Layer) backend.LayerIntegrity {
+	rec := backend.LayerIntegrity{MediaType: l.MediaType}
+	for name, value := range l.Annotations {
+		if strings.HasPrefix(name, registry.PrefixErofs) || strings.HasPrefix(name, registry.PrefixContainerdErofs) {
+			if rec.Annotations == nil {
+				rec.Annotations = make(map[string]string)
+			}
+			rec.Annotations[name] = value
+		}
+	}
+	if next := l.Index + 1; l.Index >= 0 && next < len(im.Layers) && im.Layers[next].MediaType == registry.MediaTypeChunkIndex {
+		rec.Index = &backend.IndexBlob{Digest: im.Layers[next].Digest.String(), Size: im.Layers[next].Size}
+	}
+	return rec
+}
+
+// recordedLayer is the layer of a record, in an image that has what it is verified by.
+func recordedLayer(rec backend.Record, i int) (*registry.Image, registry.Layer) {
+	l := registry.Layer{Descriptor: ocispec.Descriptor{Digest: digest.Digest(rec.Digest), Size: rec.Size}}
+	im := &registry.Image{Digest: digest.Digest(rec.Manifest)}
+	if i >= len(rec.Integrity) {
+		l.Index = -1
+		return im, l
+	}
+	by := rec.Integrity[i]
+	l.MediaType, l.Annotations = by.MediaType, by.Annotations
+	im.Layers = append(im.Layers, l)
+	if by.Index != nil {
+		im.Layers = append(im.Layers, registry.Layer{Index: 1, Descriptor: ocispec.Descriptor{
+			MediaType: registry.MediaTypeChunkIndex, Digest: digest.Digest(by.Index.Digest), Size: by.Index.Size,
+			Annotations: map[string]string{registry.AnnotationChunkIndexTarget: rec.Digest},
+		}})
+	}
+	return im, l
+}
