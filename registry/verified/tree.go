@@ -46,7 +46,8 @@ func OpenTree(ctx context.Context, blob Fetcher, root integrity.VerityRoot) (*Tr
 		if err = t.open(ctx, root); err == nil {
 			return t, nil
 		}
-		if try == 0 || !isMismatch(err) && !errors.Is(err, integrity.ErrCorrupt) {
+		wrong := isMismatch(err) || errors.Is(err, integrity.ErrCorrupt) || errors.Is(err, integrity.ErrUnsupported)
+		if try == 0 || !wrong {
 			return nil, fmt.Errorf("dm-verity tree: %w", err)
 		}
 		var m *integrity.MismatchError
