@@ -196,6 +196,8 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return src.explain(err)
 	}
+	watch := watchMount(claim, src, mounted, log.Logger)
+	defer func() { err = errors.Join(err, watch.Close()) }()
 	src.record(&rec)
 	err = p.describe(mounted, &rec)
 	if err == nil {
@@ -204,11 +206,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return errors.Join(err, mounted.Unmount(), mounted.Wait())
 	}
-	watch, err := watchMount(claim, src, mounted, log.Logger)
-	if err != nil {
-		log.Error("the mount has no status", "err", err)
-	}
-	defer func() { err = errors.Join(err, watch.Close()) }()
+	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
 }
 

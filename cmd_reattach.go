@@ -110,17 +110,15 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	if err != nil {
 		return err
 	}
+	watch := watchMount(claim, src, mounted, log.Logger)
+	defer func() { err = errors.Join(err, watch.Close()) }()
 	adopted = true
 	rec.PID = os.Getpid()
 	if err := p.announce(claim, log, rec); err != nil {
 		// The mount is served; only who asked does not hear of it.
 		log.Error("announce the reattached mount", "err", err)
 	}
-	watch, err := watchMount(claim, src, mounted, log.Logger)
-	if err != nil {
-		log.Error("the reattached mount has no status", "err", err)
-	}
-	defer func() { err = errors.Join(err, watch.Close()) }()
+	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
 }
 

@@ -37,16 +37,21 @@ type mountWatch struct {
 	done    sync.WaitGroup
 }
 
-// watchMount begins to watch. What it returns is to be closed, whatever the error, which
-// is that nobody can ask for the status.
-func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, log *slog.Logger) (*mountWatch, error) {
+// watchMount begins to answer who asks for the status. The mount goes on without that, too.
+func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, log *slog.Logger) *mountWatch {
 	w := &mountWatch{claim: claim, mounted: mounted, log: log, stop: make(chan struct{})}
+	var err error
+	if w.status, err = claim.ServeStatus(src.status); err != nil {
+		log.Error("the mount has no status", "err", err)
+	}
+	return w
+}
+
+// begin waits for bad news of src, now that the mount is recorded.
+func (w *mountWatch) begin(src *opened) {
 	if src.unsure() {
 		w.done.Go(func() { w.await(src.wrong) })
 	}
-	var err error
-	w.status, err = claim.ServeStatus(src.status)
-	return w, err
 }
 
 // Close ends the watch.
