@@ -262,10 +262,13 @@ func (s *layerSource) checkWhole() {
 func (s *layerSource) poison(err error) {
 	wrong := &wrongError{err}
 	s.wrong.Store(wrong)
-	if b, ok := s.bytes.(interface{ Purge() error }); ok {
-		wrong.err = errors.Join(wrong.err, b.Purge())
-	}
 	s.log.Error("every read fails from now on", "blob", s.digest, "err", wrong)
+	// The next mount is not to find it. A cache that ends with the mount has no next one.
+	if b, ok := s.bytes.(interface{ Purge() error }); ok {
+		if err := b.Purge(); err != nil {
+			s.log.Error("the cache keeps a blob that is wrong; erofs-oci cache rm would remove it", "blob", s.digest, "err", err)
+		}
+	}
 	s.onWrong(wrong)
 }
 
