@@ -36,7 +36,7 @@ func sourceFlags() []cli.Flag {
 		&cli.StringFlag{Name: "on-error", Value: "wait:60s", Usage: "how long a read waits for a network in trouble before it fails: `wait:DURATION`"},
 		&cli.IntFlag{Name: "max-conns-per-host", Value: registry.DefaultMaxConns, Usage: "keep at most `N` connections to a host"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
-		&cli.StringFlag{Name: "verify", Value: verifyAuto, Usage: "verify what is read: auto (by the image's chunk index or dm-verity tree, else the whole blob once it is here), require (refuse an image that has neither), or off (`HOW`)"},
+		&cli.StringFlag{Name: "verify", Value: verifyAuto, Usage: "verify what is read as `HOW` says: auto (by the image's chunk index or dm-verity tree, else the whole blob once it is here), require (the same, and refuse an image that has neither) or off"},
 	}
 }
 

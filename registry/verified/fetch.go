@@ -88,6 +88,9 @@ func mend(ctx context.Context, f Fetcher, p []byte, off int64, check func() erro
 }
 
 func isMismatch(err error) bool {
+	if err == nil {
+		return false // which is nearly always, and costs nothing
+	}
 	var m *integrity.MismatchError
 	return errors.As(err, &m)
 }

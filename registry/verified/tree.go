@@ -88,11 +88,14 @@ func (t *Tree) Verify(ctx context.Context, p []byte, off int64) error {
 	data := p[:min(int64(len(p)), t.size-off)]
 	for try := again(t.blob); ; try-- {
 		err := t.verifier.Verify(ctx, data, off)
-		var m *integrity.MismatchError
-		if !errors.As(err, &m) || m.Level == 0 {
-			return t.judge(off, int64(len(p)), err)
+		if err == nil {
+			return t.judge(off, int64(len(p)), nil)
 		}
-		if try == 0 {
+		var m *integrity.MismatchError
+		switch {
+		case !errors.As(err, &m) || m.Level == 0:
+			return t.judge(off, int64(len(p)), err)
+		case try == 0:
 			return &WrongError{Err: err, Last: true}
 		}
 		t.parts.forget(m.Off, err)

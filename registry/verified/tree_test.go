@@ -19,7 +19,7 @@ import (
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
-func root(t *testing.T, b *verifiable.Blob) integrity.VerityRoot {
+func root(t testing.TB, b *verifiable.Blob) integrity.VerityRoot {
 	t.Helper()
 	digits := strings.TrimPrefix(b.Annotations[registry.AnnotationVerityRoot], "sha256:")
 	d, err := hex.DecodeString(digits)
