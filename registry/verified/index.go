@@ -68,7 +68,7 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 	if err != nil {
 		return nil, err
 	}
-	index := &Index{ChunkIndex: x, suspects: suspects{blob: blob}, unchecked: p.Unchecked}
+	index := &Index{ChunkIndex: x, suspects: suspects{blob: blob, total: p.Off + p.Len}, unchecked: p.Unchecked}
 	if holder == blob && !p.Framed && x.Size() == p.Off {
 		index.raw = stored
 	}
@@ -119,48 +119,10 @@ func (x *Index) Verify(_ context.Context, p []byte, off int64) error {
 
 // Fetch is a Fetcher's. It does not fetch the index again, which is here.
 func (x *Index) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
-	total = x.Size() + int64(len(x.raw))
-	if x.raw == nil || off < 0 || n <= 0 || off > total || off+n <= x.Size() || n > total-off {
-		return x.suspects.Fetch(ctx, off, n)
-	}
-	if off >= x.Size() {
-		at := off - x.Size()
-		return io.NopCloser(bytes.NewReader(x.raw[at : at+n])), off, total, nil
-	}
-	body, start, total, err = x.suspects.Fetch(ctx, off, x.Size()-off)
-	if err != nil || start != off {
-		return body, start, total, err
-	}
-	behind := bytes.NewReader(x.raw[:off+n-x.Size()])
-	front := &exactly{body, x.Size() - off}
-	return &joined{io.MultiReader(front, behind), body}, start, total, nil
-}
-
-// exactly is the first left bytes of a body, and an error if there are fewer.
-type exactly struct {
-	body io.Reader
-	left int64
-}
-
-func (e *exactly) Read(p []byte) (int, error) {
-	if e.left == 0 {
-		return 0, io.EOF
-	}
-	n, err := e.body.Read(p[:min(int64(len(p)), e.left)])
-	e.left -= int64(n)
-	switch {
-	case err == io.EOF && e.left > 0:
-		err = io.ErrUnexpectedEOF
-	case err == io.EOF:
-		err = nil
-	}
-	return n, err
-}
-
-// joined is a body, and what follows it.
-type joined struct {
-	io.Reader
-	io.Closer
+	return x.fetchBefore(ctx, off, n, x.Size(), x.Size()+int64(len(x.raw)), func(at, n int64) io.Reader {
+		at -= x.Size()
+		return bytes.NewReader(x.raw[at : at+n])
+	})
 }
 
 // Stream is a Fetcher of the stored chunks, whose bodies have only bytes that were

@@ -27,7 +27,8 @@ func (e *WrongError) Temporary() bool { return !e.Last }
 // Suspects are the chunks of a blob that came wrong, so that they are fetched from
 // elsewhere when they are fetched again. There are few, and usually none.
 type suspects struct {
-	blob Fetcher
+	blob  Fetcher
+	total int64 // how long it is
 
 	mu    sync.Mutex // guards what follows
 	wrong map[int64]suspect
@@ -77,4 +78,48 @@ func (s *suspects) why(off, end int64) error {
 // Fetch is the blob's, but for bytes that came wrong.
 func (s *suspects) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
 	return fetch(ctx, s.blob, off, n, s.why(off, off+n))
+}
+
+// fetchBefore is Fetch of a blob whose bytes from size to total are at hand: tail gives n of
+// them from off. A range that goes on behind total is fetched as it is.
+func (s *suspects) fetchBefore(ctx context.Context, off, n, size, total int64, tail func(off, n int64) io.Reader) (body io.ReadCloser, start, blob int64, err error) {
+	if off < 0 || n <= 0 || off > total || n > total-off || off+n <= size {
+		return s.Fetch(ctx, off, n)
+	}
+	if off >= size {
+		return io.NopCloser(tail(off, n)), off, s.total, nil
+	}
+	body, start, blob, err = s.Fetch(ctx, off, size-off)
+	if err != nil || start != off {
+		return body, start, blob, err
+	}
+	front := &exactly{body, size - off}
+	return &joined{io.MultiReader(front, tail(size, off+n-size)), body}, start, blob, nil
+}
+
+// exactly is the first left bytes of a body, and an error if there are fewer.
+type exactly struct {
+	body io.Reader
+	left int64
+}
+
+func (e *exactly) Read(p []byte) (int, error) {
+	if e.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := e.body.Read(p[:min(int64(len(p)), e.left)])
+	e.left -= int64(n)
+	switch {
+	case err == io.EOF && e.left > 0:
+		err = io.ErrUnexpectedEOF
+	case err == io.EOF:
+		err = nil
+	}
+	return n, err
+}
+
+// joined is a body, and what follows it.
+type joined struct {
+	io.Reader
+	io.Closer
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
@@ -41,7 +42,7 @@ func OpenTree(ctx context.Context, blob Fetcher, root integrity.VerityRoot) (*Tr
 	if n > root.Size-root.HashOffset {
 		return nil, fmt.Errorf("dm-verity: a tree of %d bytes at %d of a blob of %d: %w", n, root.HashOffset, root.Size, integrity.ErrCorrupt)
 	}
-	t := &Tree{suspects: suspects{blob: blob}, size: root.HashOffset, parts: newParts(blob, root.HashOffset, root.HashOffset+n)}
+	t := &Tree{suspects: suspects{blob: blob, total: root.Size}, size: root.HashOffset, parts: newParts(blob, root.HashOffset, root.HashOffset+n)}
 	for try := again(blob); ; try-- {
 		if err = t.open(ctx, root); err == nil {
 			return t, nil
@@ -77,6 +78,34 @@ func (t *Tree) open(ctx context.Context, root integrity.VerityRoot) error {
 
 // Size is how many bytes of the blob the tree verifies: the first ones.
 func (t *Tree) Size() int64 { return t.size }
+
+// Fetch is a Fetcher's. What it is asked for of the tree, as by a cache that reads ahead, is
+// not fetched twice.
+func (t *Tree) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
+	return t.fetchBefore(ctx, off, n, t.size, t.parts.end, func(at, n int64) io.Reader {
+		return &partsReader{ctx: ctx, parts: t.parts, off: at, end: at + n}
+	})
+}
+
+// A partsReader reads parts of the tree one after the other.
+type partsReader struct {
+	ctx      context.Context
+	parts    *parts
+	off, end int64
+}
+
+func (r *partsReader) Read(p []byte) (int, error) {
+	if r.off == r.end {
+		return 0, io.EOF
+	}
+	inPart := partSize - (r.off-r.parts.off)%partSize
+	n := min(int64(len(p)), r.end-r.off, inPart)
+	if err := r.parts.read(r.ctx, p[:n], r.off); err != nil {
+		return 0, err
+	}
+	r.off += n
+	return int(n), nil
+}
 
 // Verify is the hook of a cache, whose chunks are whole blocks. p is the cache's chunk at
 // off. What of it is behind the data (the tree itself, for the most part) is not verified,

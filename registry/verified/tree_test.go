@@ -174,6 +174,40 @@ func TestTreeHook(t *testing.T) {
 	}
 }
 
+// TestTreeIsNotFetchedTwice: what a cache asks for behind the data comes out of the parts
+// that were read.
+func TestTreeIsNotFetchedTwice(t *testing.T) {
+	b := verifiable.Make(t, random(treeSize), verifiable.Options{Verity: true})
+	total := int64(len(b.Data))
+	s := serve(b.Data, nil)
+	tree := openTree(t, s, b) // reads the first part
+	s.taken()
+	const part = 256 << 10
+	last := request{0, treeSize + part, total - treeSize - part}
+	for _, c := range []struct {
+		off, n int64
+		asked  []request
+	}{
+		{treeSize - 1000, 1000, []request{{0, treeSize - 1000, 1000}}},
+		{treeSize - 1000, 5000, []request{{0, treeSize - 1000, 1000}}},
+		{treeSize, part, nil},
+		{treeSize + 5, 10, nil},
+		{treeSize - 10, total - treeSize + 10, []request{{0, treeSize - 10, 10}, last}},
+		{treeSize + 7, total - treeSize - 7, nil},
+	} {
+		got, err := get(t, tree, c.off, c.n)
+		if err != nil || !bytes.Equal(got, b.Data[c.off:c.off+c.n]) {
+			t.Errorf("%d at %d: %d bytes, %v", c.n, c.off, len(got), err)
+		}
+		if asked := s.taken(); !slices.Equal(asked, c.asked) {
+			t.Errorf("%d at %d: fetched %v, want %v", c.n, c.off, asked, c.asked)
+		}
+	}
+	if _, err := get(t, tree, treeSize, total-treeSize+1); err == nil {
+		t.Error("more than there is")
+	}
+}
+
 // TestTreeOfOneBlock has no hash block to be wrong before the data is.
 func TestTreeOfOneBlock(t *testing.T) {
 	b := verifiable.Make(t, random(100), verifiable.Options{Verity: true})
