@@ -125,6 +125,8 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	}
 	switch s.verify = c.String("verify"); s.verify {
 	case verifyAuto, verifyRequire, verifyOff:
+	case "":
+		s.verify = verifyAuto // a command without the flag
 	default:
 		return usagef("--verify %q is not known; there are auto, require and off", s.verify)
 	}
