@@ -327,7 +327,7 @@ func TestVerifyCommands(t *testing.T) {
 	s.must("extract", "--keep=times", plain.ref, filepath.Join(s.dir, "right"))
 	im.flip(t)
 	plain.flip(t)
-	// The cache of these ends with them.
+	s = newSession(t) // without what was fetched before that
 	if r := s.run(binary, "cat", im.ref, "victim"); r.code != 1 || !strings.Contains(r.stderr, "was changed") {
 		t.Errorf("cat: exit code %d, %q", r.code, r.stderr)
 	}
@@ -340,6 +340,36 @@ func TestVerifyCommands(t *testing.T) {
 	}
 	if r := s.run(binary, "ls", "--verify=require", plain.ref); r.code != 1 || !strings.Contains(r.stderr, "--verify=auto") {
 		t.Errorf("ls: exit code %d, %q", r.code, r.stderr)
+	}
+}
+
+// TestServeVerifies: a client of the network block device gets what is verified, too.
+func TestServeVerifies(t *testing.T) {
+	require.Has(t, "nbdcopy")
+	im := serveVouched(t, verifiable.Options{Chunk: 256 << 10, Verity: true})
+	s := newSession(t)
+	out := filepath.Join(s.dir, "copied")
+	im.flip(t)
+	v := s.serve("--nbd", "unix:"+filepath.Join(s.dir, "socket"), "--verify=require", im.ref)
+	if r := s.run("nbdcopy", v.uri, out); r.code == 0 || !strings.Contains(r.stderr, "Input/output error") {
+		t.Errorf("a flipped bit: exit code %d, %q", r.code, r.stderr)
+	}
+	im.SetFault(nil)
+	s.quiet("nbdcopy", v.uri, out)
+	if got, err := os.ReadFile(out); err != nil || !bytes.HasPrefix(got, im.Plain) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	must(t, v.cmd.Process.Signal(syscall.SIGTERM))
+	must(t, v.cmd.Wait())
+
+	plain := serveVouched(t, verifiable.Options{})
+	plain.flip(t)
+	v = s.serve("--nbd", "unix:"+filepath.Join(s.dir, "socket2"), plain.ref)
+	await(t, "every read fails", func() bool { return s.run("nbdcopy", v.uri, out).code != 0 })
+	must(t, v.cmd.Process.Signal(syscall.SIGTERM))
+	err := v.cmd.Wait()
+	if code := v.cmd.ProcessState.ExitCode(); code != 3 || !strings.Contains(v.stderr.String(), "was changed") {
+		t.Errorf("%v, %q", err, v.stderr.String())
 	}
 }
 
