@@ -55,6 +55,7 @@ var inside = map[string]group{
 		{"Supervised", testSupervised},
 		{"OverlayReattached", testOverlayReattached},
 		{"LocalReattached", testLocalReattached},
+		{"Verified", testVerified},
 	}},
 	"reading": {1, []check{
 		{"Corpus", testCorpus},
