@@ -136,7 +136,7 @@ func (f *front) read(t *testing.T, o registry.Options) error {
 		return err
 	}
 	defer cache.Close()
-	blob, err := cache.Open(b.Digest().String(), b.Size(), b)
+	blob, err := cache.Open(b.Digest().String(), b.Size(), b, blobcache.OpenOptions{})
 	if err != nil {
 		return err
 	}

@@ -15,8 +15,10 @@ var errAbandoned = errors.New("its fetch was given up")
 
 // A Blob reads one blob through the cache. Its methods may be called in parallel.
 type Blob struct {
-	store   *store
-	fetcher Fetcher
+	store      *store
+	fetcher    Fetcher
+	verify     func(ctx context.Context, p []byte, off int64) error // may be nil
+	onComplete func()                                               // nil once it was called; guarded by store.mu
 
 	ctx     context.Context // its flights' context
 	cancel  context.CancelFunc
@@ -91,6 +93,7 @@ func (b *Blob) Close() error {
 	b.closing.Do(func() {
 		b.store.mu.Lock()
 		b.closed.Store(true)
+		delete(b.store.blobs, b)
 		b.store.mu.Unlock()
 		b.cancel()
 		b.flights.Wait()
@@ -103,19 +106,45 @@ func (b *Blob) closedError() error {
 	return fmt.Errorf("blob %s: %w", b.store.digest, os.ErrClosed)
 }
 
+// maxRefetches is how often a read has a chunk fetched again that was not verified, and might be.
+const maxRefetches = 3
+
 // readMissing reads a range of which something was absent. It begins anew at a chunk whose fetch was given up.
 func (b *Blob) readMissing(ctx context.Context, p []byte, off int64) error {
-	for len(p) > 0 {
+	for refetches := 0; len(p) > 0; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		n, err := b.readWanted(ctx, p, off)
-		if err != nil && !errors.Is(err, errAbandoned) {
+		if n > 0 {
+			refetches = 0
+		}
+		var refused *refusedError
+		switch {
+		case err == nil || errors.Is(err, errAbandoned):
+		case errors.As(err, &refused) && refused.temporary() && refetches < maxRefetches:
+			refetches++
+		default:
 			return err
 		}
 		p, off = p[n:], off+int64(n)
 	}
 	return nil
+}
+
+// A refusedError is why a chunk was not published.
+type refusedError struct {
+	off int64
+	err error
+}
+
+func (e *refusedError) Error() string { return fmt.Sprintf("chunk at %d: %v", e.off, e.err) }
+
+func (e *refusedError) Unwrap() error { return e.err }
+
+func (e *refusedError) temporary() bool {
+	var t interface{ Temporary() bool }
+	return errors.As(e.err, &t) && t.Temporary()
 }
 
 // readWanted has all chunks of p brought, copies them in order as they come, and says how far it came.

@@ -216,7 +216,7 @@ func TestSharedStore(t *testing.T) {
 	if got, want := other.asked(), []request{{cs, cs}}; !slices.Equal(got, want) {
 		t.Errorf("second fetcher: requests %v, want %v", got, want)
 	}
-	if _, err := c.Open(testDigest, 4*cs+1, s); err == nil {
+	if _, err := c.Open(testDigest, 4*cs+1, s, OpenOptions{}); err == nil {
 		t.Error("the same digest with another size was opened")
 	}
 	if err := a.Close(); err != nil {
@@ -247,24 +247,24 @@ func TestOpenRefuses(t *testing.T) {
 		"", ":", "sha256", "sha256:", "sha256:" + hex[1:], "sha256:" + hex + "a", "sha256:" + strings.ToUpper(hex),
 		"sha256:" + hex[2:] + "/.", "../x:" + hex, "md5:" + hex[:32], "sha512:" + hex, "sha256:" + hex[1:] + "\x00", "SHA256:" + hex,
 	} {
-		if _, err := c.Open(digest, 1, newServer(1)); err == nil {
+		if _, err := c.Open(digest, 1, newServer(1), OpenOptions{}); err == nil {
 			t.Errorf("digest %q was accepted", digest)
 		}
 	}
 	for _, size := range []int64{-1, maxBlobSize + 1, 1 << 62} {
-		if _, err := c.Open("sha256:"+hex, size, newServer(1)); err == nil {
+		if _, err := c.Open("sha256:"+hex, size, newServer(1), OpenOptions{}); err == nil {
 			t.Errorf("size %d was accepted", size)
 		}
 	}
 	for _, ok := range []string{"sha256:" + hex, "sha384:" + hex + hex[:32], "sha512:" + hex + hex} {
-		if _, err := c.Open(ok, 0, newServer(0)); err != nil {
+		if _, err := c.Open(ok, 0, newServer(0), OpenOptions{}); err != nil {
 			t.Errorf("digest %q: %v", ok, err)
 		}
 	}
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Open("sha256:"+hex, 1, newServer(1)); !errors.Is(err, os.ErrClosed) {
+	if _, err := c.Open("sha256:"+hex, 1, newServer(1), OpenOptions{}); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("open in a closed cache: %v", err)
 	}
 }
@@ -288,7 +288,7 @@ func TestNew(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("new directory: %v, %v; want mode 0700", info.Mode(), err)
 	}
-	if _, err := c.Open(testDigest, 10, newServer(10)); err != nil {
+	if _, err := c.Open(testDigest, 10, newServer(10), OpenOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(real); err != nil || len(left) != 0 {

@@ -87,8 +87,8 @@ func (o Options) withDefaults() (Options, error) {
 	if o.ChunkSize == 0 {
 		o.ChunkSize = defaultChunkSize
 	}
-	if o.ChunkSize < minChunkSize || o.ChunkSize > maxChunkSize || o.ChunkSize&(o.ChunkSize-1) != 0 {
-		return o, fmt.Errorf("chunk size %d: must be a power of two from %d to %d", o.ChunkSize, minChunkSize, maxChunkSize)
+	if err := checkUnit(o.ChunkSize); err != nil {
+		return o, err
 	}
 	if o.MaxSpan == 0 {
 		o.MaxSpan = defaultMaxSpan
@@ -105,11 +105,39 @@ func (o Options) withDefaults() (Options, error) {
 	if o.MaxSpan < 0 || o.MaxFetches < 0 || o.MaxAhead < 0 {
 		return o, fmt.Errorf("span of %d bytes, %d fetches, %d ahead: must not be negative", o.MaxSpan, o.MaxFetches, o.MaxAhead)
 	}
-	o.MaxSpan = max(o.MaxSpan, o.ChunkSize)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	return o, nil
+}
+
+func checkUnit(n int64) error {
+	if n < minChunkSize || n > maxChunkSize || n%minChunkSize != 0 {
+		return fmt.Errorf("chunk size %d: must be a multiple of %d up to %d", n, minChunkSize, maxChunkSize)
+	}
+	return nil
+}
+
+// OpenOptions of one blob. The zero value works.
+type OpenOptions struct {
+	// Verify is called with the bytes of a chunk, from off in the blob, before anybody reads them and once for each
+	// time that this process takes the chunk in, be it from the Fetcher or from the disk. A chunk for which it returns
+	// an error is not published. If the error has a method Temporary that says true, the chunk is fetched again, a few
+	// times for each read; else those who wait for the chunk get the error. It may be called in parallel, must not
+	// keep p, and must not read the blob through this cache. nil: nothing is verified.
+	Verify func(ctx context.Context, p []byte, off int64) error
+	// ChunkSize is the unit of this blob, a multiple of 4 KiB up to 16 MiB, where its own index says one; that of the
+	// cache if zero.
+	ChunkSize int64
+	// OnComplete is called once, in a goroutine that Close waits for, when every chunk is here.
+	OnComplete func()
+}
+
+// A storeKey tells stores apart: blobs share one only if they agree on the unit and on whether chunks are verified.
+type storeKey struct {
+	digest   string
+	unit     int64
+	verified bool
 }
 
 // Cache is a directory of blobs. Its methods may be called in parallel.
@@ -122,11 +150,10 @@ type Cache struct {
 	cancel  context.CancelFunc
 	fetches *semaphore.Weighted // MaxFetches
 	ahead   *semaphore.Weighted // MaxAhead
-	buffers sync.Pool           // *[]byte of ChunkSize; a flight that receives holds one
 	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
 	mu     sync.Mutex // guards what follows, and store.refs
-	stores map[string]*store
+	stores map[storeKey]*store
 	blobs  map[*Blob]struct{} // open ones
 	closed bool
 }
@@ -147,44 +174,54 @@ func New(dir string, o Options) (*Cache, error) {
 		root:    root,
 		fetches: semaphore.NewWeighted(int64(o.MaxFetches)),
 		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
-		stores:  make(map[string]*store),
+		stores:  make(map[storeKey]*store),
 		blobs:   make(map[*Blob]struct{}),
 	}
 	c.create = c.createPrivate
-	c.buffers.New = func() any { b := make([]byte, o.ChunkSize); return &b }
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c, nil
 }
 
 // Open gives the blob with this digest and size, whose absent parts f brings. Blobs of one digest share what they
 // fetched; each begins flights through its own f only, and none after its Close.
-func (c *Cache) Open(digest string, size int64, f Fetcher) (*Blob, error) {
+func (c *Cache) Open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob, error) {
 	if err := checkDigest(digest); err != nil {
 		return nil, fmt.Errorf("open blob: %w", err)
 	}
 	if size < 0 || size > maxBlobSize {
 		return nil, fmt.Errorf("open blob %s: size %d is outside 0 to %d", digest, size, int64(maxBlobSize))
 	}
+	if o.ChunkSize == 0 {
+		o.ChunkSize = c.options.ChunkSize
+	}
+	if err := checkUnit(o.ChunkSize); err != nil {
+		return nil, fmt.Errorf("open blob %s: %w", digest, err)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
 		return nil, fmt.Errorf("open blob %s: cache: %w", digest, os.ErrClosed)
 	}
-	s := c.stores[digest]
+	key := storeKey{digest, o.ChunkSize, o.Verify != nil}
+	s := c.stores[key]
 	if s == nil {
 		var err error
-		if s, err = newStore(c, digest, size); err != nil {
+		if s, err = newStore(c, key, size); err != nil {
 			return nil, fmt.Errorf("open blob %s: %w", digest, err)
 		}
-		c.stores[digest] = s
+		c.stores[key] = s
 	}
 	if s.size != size {
 		return nil, fmt.Errorf("open blob %s: size %d, but it is open with size %d", digest, size, s.size)
 	}
 	s.refs++
-	b := &Blob{store: s, fetcher: f}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, onComplete: o.OnComplete}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.blobs[b] = struct{}{}
+	s.completed()
 	return b, nil
 }
 
@@ -219,7 +256,7 @@ func (c *Cache) forget(b *Blob) error {
 	if s.refs--; s.refs > 0 {
 		return nil
 	}
-	delete(c.stores, s.digest)
+	delete(c.stores, s.key)
 	if err := s.file.Close(); err != nil {
 		return fmt.Errorf("close blob %s: %w", s.digest, err)
 	}

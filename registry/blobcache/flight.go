@@ -227,8 +227,8 @@ func (f *flight) receive(body io.Reader, start int64) error {
 	if !f.begin(start) {
 		return nil
 	}
-	buffer := s.cache.buffers.Get().(*[]byte)
-	defer s.cache.buffers.Put(buffer)
+	buffer := s.buffers.Get().(*[]byte)
+	defer s.buffers.Put(buffer)
 	r := bufio.NewReader(flightReader{body, f})
 
 	chunk := (start + s.chunkSize - 1) / s.chunkSize
@@ -353,6 +353,14 @@ func (f *flight) take(chunk int64) (*pending, bool) {
 // file; where the disk does not take it, those who wait get a copy and the chunk is absent again.
 func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	s := f.blob.store
+	if err := f.verify(chunk, data); err != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.inflight[chunk] == pend {
+			s.drop(chunk, pend, err)
+		}
+		return
+	}
 	_, err := s.file.WriteAt(data, chunk*s.chunkSize)
 	if err != nil {
 		f.unkept = true
@@ -369,6 +377,7 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	if err == nil {
 		s.present.set(chunk)
 		s.counters.chunksPresent.Add(1)
+		s.completed()
 	} else {
 		pend.data = bytes.Clone(data)
 		s.fresh.clear(chunk)
@@ -378,6 +387,25 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	}
 	delete(s.inflight, chunk)
 	close(pend.done)
+}
+
+// verify asks the blob's hook about a whole chunk.
+func (f *flight) verify(chunk int64, data []byte) error {
+	b := f.blob
+	if b.verify == nil {
+		return nil
+	}
+	off := chunk * b.store.chunkSize
+	err := b.verify(b.ctx, data, off)
+	switch {
+	case err == nil:
+		return nil
+	case b.ctx.Err() != nil:
+		return errAbandoned
+	}
+	err = &refusedError{off, err}
+	b.store.cache.options.Logger.Warn("chunk refused", "blob", b.store.digest, "error", err)
+	return err
 }
 
 func (f *flight) owes() bool {

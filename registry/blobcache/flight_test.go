@@ -422,7 +422,7 @@ func TestRandomOperations(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 30 {
-				b, err := c.Open(testDigest, size, s)
+				b, err := c.Open(testDigest, size, s, OpenOptions{})
 				if err != nil {
 					t.Error(err)
 					return

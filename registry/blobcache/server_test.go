@@ -169,7 +169,12 @@ func openCache(t testing.TB, o Options) *Cache {
 
 func openBlob(t testing.TB, c *Cache, s *server) *Blob {
 	t.Helper()
-	b, err := c.Open(testDigest, int64(len(s.content)), s)
+	return openWith(t, c, s, OpenOptions{})
+}
+
+func openWith(t testing.TB, c *Cache, s *server, o OpenOptions) *Blob {
+	t.Helper()
+	b, err := c.Open(testDigest, int64(len(s.content)), s, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 // A store is what the blobs of one digest share: the file, the presence map and the flights.
 type store struct {
 	cache     *Cache
+	key       storeKey
 	digest    string
 	size      int64
 	chunkSize int64
@@ -20,8 +21,9 @@ type store struct {
 	refs      int // guarded by Cache.mu
 	counters  counters
 	heard     atomic.Int64 // when the last byte came from the network
+	buffers   sync.Pool    // *[]byte of chunkSize; a flight that receives holds one
 
-	mu sync.Mutex // guards what follows, pending.flight, flight.receiving, Blob.closed going up, and bits going up
+	mu sync.Mutex // guards what follows, Blob.onComplete, pending.flight, flight.receiving, Blob.closed going up, and bits going up
 	// inflight has every chunk that somebody is to bring; it is never present at the same time.
 	inflight map[int64]*pending
 	// stream is the flight that reads the whole blob, if there is one, and streamNext the first chunk that it can
@@ -31,8 +33,9 @@ type store struct {
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
-	troubled bool // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
-	whole    bool // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
+	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
+	blobs    map[*Blob]struct{} // those that are open
+	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
 }
 
 // A pending is one chunk in flight.
@@ -61,16 +64,17 @@ type Stats struct {
 	ChunksPresent, ChunksTotal int64
 }
 
-func newStore(c *Cache, digest string, size int64) (*store, error) {
-	file, err := c.create(digest, size)
+func newStore(c *Cache, key storeKey, size int64) (*store, error) {
+	file, err := c.create(key.digest, size)
 	if err != nil {
 		return nil, err
 	}
-	cs := c.options.ChunkSize
+	cs := key.unit
 	chunks := (size + cs - 1) / cs
 	s := &store{
 		cache:     c,
-		digest:    digest,
+		key:       key,
+		digest:    key.digest,
 		size:      size,
 		chunkSize: cs,
 		chunks:    chunks,
@@ -78,13 +82,28 @@ func newStore(c *Cache, digest string, size int64) (*store, error) {
 		present:   make(bitmap, (chunks+63)/64),
 		inflight:  make(map[int64]*pending),
 		fresh:     make(bitmap, (chunks+63)/64),
+		blobs:     make(map[*Blob]struct{}),
 	}
+	s.buffers.New = func() any { b := make([]byte, cs); return &b }
 	s.guesser = newGuesser(chunks, max(c.options.Readahead, 0)/cs, s.wasRead)
 	return s, nil
 }
 
 // perFlight is how many chunks one Fetch asks for at most.
-func (s *store) perFlight() int64 { return s.cache.options.MaxSpan / s.chunkSize }
+func (s *store) perFlight() int64 { return max(s.cache.options.MaxSpan/s.chunkSize, 1) }
+
+// completed tells those who want to know it once that every chunk is here. The caller holds s.mu.
+func (s *store) completed() {
+	if s.counters.chunksPresent.Load() < s.chunks {
+		return
+	}
+	for b := range s.blobs {
+		if f := b.onComplete; f != nil {
+			b.onComplete = nil
+			b.flights.Go(f)
+		}
+	}
+}
 
 // span gives the chunks [first, end) that n > 0 bytes from off lie in.
 func (s *store) span(off int64, n int) (first, end int64) {

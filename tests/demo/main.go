@@ -237,7 +237,7 @@ func (s *session) readWithoutMount(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, cache.Close()) }()
-	blob, err := cache.Open(layer.Digest.String(), layer.Size, fetcher)
+	blob, err := cache.Open(layer.Digest.String(), layer.Size, fetcher, blobcache.OpenOptions{})
 	if err != nil {
 		return err
 	}

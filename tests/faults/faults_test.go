@@ -162,7 +162,7 @@ func (b *bed) open(o registry.Options, d digest.Digest, size int64) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	if b.cached, err = cache.Open(d.String(), size, remote); err != nil {
+	if b.cached, err = cache.Open(d.String(), size, remote, blobcache.OpenOptions{}); err != nil {
 		b.t.Fatal(err)
 	}
 	b.t.Cleanup(func() {

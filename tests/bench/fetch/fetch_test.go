@@ -92,7 +92,7 @@ func (l *line) openOver(tb testing.TB, o blobcache.Options, network http.RoundTr
 	if err != nil {
 		tb.Fatal(err)
 	}
-	if blob, err = cache.Open(l.desc.Digest.String(), l.desc.Size, remote); err != nil {
+	if blob, err = cache.Open(l.desc.Digest.String(), l.desc.Size, remote, blobcache.OpenOptions{}); err != nil {
 		tb.Fatal(err)
 	}
 	if err := blob.ReadAt(tb.Context(), make([]byte, 1), 0); err != nil {
