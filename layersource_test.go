@@ -489,6 +489,23 @@ func TestCompressedWhole(t *testing.T) {
 		if _, err := p.open(t, verifyAuto); err == nil {
 			t.Errorf("bit flipped at %d: opened", off)
 		}
+		if n, _ := p.gets(); n != 2 {
+			t.Errorf("bit flipped at %d: %d GETs, want 2", off, n)
+		}
+		for _, mirrored := range []bool{false, true} {
+			p := push(t, b, mirrored)
+			liar := p.registry
+			if mirrored {
+				liar = p.mirror
+			}
+			liar.SetFault(flips(b, off, mirrored).OnBlobs())
+			r, err := p.open(t, verifyAuto)
+			if err != nil {
+				t.Errorf("bit flipped at %d, mirror %v: %v", off, mirrored, err)
+			} else if failed := r.readAll(b.Plain, 100_000); failed > 0 {
+				t.Errorf("bit flipped at %d, mirror %v: %d reads failed", off, mirrored, failed)
+			}
+		}
 	}
 	lies := verifiable.Make(t, imageBytes(imageSize), verifiable.Options{Zstd: true})
 	lies.Annotations[registry.AnnotationUncompressedDigest] = "sha256:" + strings.Repeat("0", 64)

@@ -191,8 +191,41 @@ func (b *imageBody) Close() error {
 const maxWindow = 128 << 20
 
 // Decompress writes to dst what the zstd frames of src hold, of which there is no index:
-// limit bytes at most. It returns how many there were.
+// limit bytes at most. It returns how many there were. What is wrong with the frames is
+// integrity.ErrCorrupt; errors of src and dst are as they are.
 func Decompress(dst io.Writer, src io.Reader, limit int64) (int64, error) {
+	from, to := &noting{r: src}, &noting{w: dst}
+	n, err := decompress(to, from, limit)
+	if err != nil && from.err == nil && to.err == nil && !errors.Is(err, integrity.ErrCorrupt) {
+		err = fmt.Errorf("%w: %w", err, integrity.ErrCorrupt)
+	}
+	return n, err
+}
+
+// A noting reader or writer remembers its error.
+type noting struct {
+	r   io.Reader
+	w   io.Writer
+	err error
+}
+
+func (c *noting) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	if err != nil && err != io.EOF {
+		c.err = err
+	}
+	return n, err
+}
+
+func (c *noting) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	if err != nil {
+		c.err = err
+	}
+	return n, err
+}
+
+func decompress(dst io.Writer, src io.Reader, limit int64) (int64, error) {
 	d, err := zstd.NewReader(src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 	if err != nil {
 		return 0, fmt.Errorf("zstd: %w", err)

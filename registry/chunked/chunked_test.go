@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -290,11 +291,24 @@ func TestDecompress(t *testing.T) {
 		t.Errorf("%d bytes were written", out.Len())
 	}
 	for _, bad := range [][]byte{data[:1000], []byte("no frame"), append(bytes.Clone(data), 1, 2, 3, 4, 5)} {
-		if n, err := chunked.Decompress(io.Discard, bytes.NewReader(bad), 1<<30); err == nil {
-			t.Errorf("%d bytes of %d are taken for %d", len(bad), len(data), n)
+		if n, err := chunked.Decompress(io.Discard, bytes.NewReader(bad), 1<<30); !errors.Is(err, integrity.ErrCorrupt) {
+			t.Errorf("%d bytes of %d are taken for %d: %v", len(bad), len(data), n, err)
 		}
 	}
+	// The network's and the disk's faults are not the frames'.
+	fault := errors.New("fault")
+	if _, err := chunked.Decompress(io.Discard, io.MultiReader(bytes.NewReader(data[:1000]), iotest.ErrReader(fault)), 1<<30); !errors.Is(err, fault) || errors.Is(err, integrity.ErrCorrupt) {
+		t.Errorf("a fault of the source: %v", err)
+	}
+	if _, err := chunked.Decompress(full{fault}, bytes.NewReader(data), 1<<30); !errors.Is(err, fault) || errors.Is(err, integrity.ErrCorrupt) {
+		t.Errorf("a fault of the disk: %v", err)
+	}
 }
+
+// full is a Writer that has no room.
+type full struct{ err error }
+
+func (f full) Write([]byte) (int, error) { return 0, f.err }
 
 // FuzzFrame: whatever a frame says, a chunk is what it should be, or an error.
 func FuzzFrame(f *testing.F) {
