@@ -172,7 +172,7 @@ func (p *program) lookAtRegistry(ctx context.Context, o *opened, s *sourceOption
 	if len(found.Blobs) == 1 {
 		found.Blob, found.Blobs = &found.Blobs[0], nil
 	}
-	return found, p.openBlobs(o, s.ref.registry, s, s.client.Logger)
+	return found, p.openBlobs(ctx, o, s.ref.registry, s, s.client.Logger)
 }
 
 func inspectBlob(l registry.Layer) inspectedBlob {

@@ -2,11 +2,14 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -36,10 +39,13 @@ func (p *program) listCommand() *cli.Command {
 			}
 			// What can be read is shown, whatever is the matter with the rest.
 			all, err := listAll(run)
-			if c.Bool("json") {
-				return errors.Join(err, printJSON(p.stdout, all))
+			for i := range all {
+				err = errors.Join(err, all[i].ask(c.Context, run))
 			}
-			return errors.Join(err, printListed(p.stdout, all))
+			if c.Bool("json") {
+				return errors.Join(err, printJSON(p.stdout, all), wrongOnes(all))
+			}
+			return errors.Join(err, printListed(p.stdout, all), wrongOnes(all))
 		},
 	}
 }
@@ -55,6 +61,75 @@ func printJSON(w io.Writer, v any) error {
 type listed struct {
 	backend.Entry
 	NBDDevice string `json:"nbd_device,omitempty"` // of a stray
+	// Status is what the server says, where there is one to ask.
+	Status *backend.MountStatus `json:"status,omitempty"`
+}
+
+// ask asks the server of the mount.
+func (l *listed) ask(ctx context.Context, run *backend.RunDir) error {
+	if l.State != backend.Running && l.State != backend.Detached {
+		return nil
+	}
+	status, ok, err := run.Status(ctx, l.Dir)
+	if ok {
+		l.Status = &status
+	}
+	return err
+}
+
+// wrong says that the bytes of the mount turned out not to be those of its image.
+func (l *listed) wrong() bool {
+	found := l.Wrong != ""
+	for _, s := range l.layers() {
+		found = found || s.Wrong != ""
+	}
+	return found
+}
+
+func (l *listed) layers() []backend.LayerStatus {
+	if l.Status == nil {
+		return nil
+	}
+	return l.Status.Layers
+}
+
+// wrongOnes is an error that names the mounts which are wrong, for the exit code.
+func wrongOnes(all []listed) error {
+	var dirs []string
+	for _, l := range all {
+		if l.wrong() {
+			dirs = append(dirs, printable(l.Dir))
+		}
+	}
+	if len(dirs) == 0 {
+		return nil
+	}
+	return &wrongError{fmt.Errorf("unmount %s", strings.Join(dirs, ", "))}
+}
+
+// verification is how the mount is verified, how much of it is here, and how much of it
+// was verified. Where there is nobody to ask, it is not known.
+func (l *listed) verification() (by, fetched, verified string) {
+	if len(l.layers()) == 0 {
+		return "-", "-", "-"
+	}
+	var kinds []string
+	var size, here, right int64
+	for _, s := range l.layers() {
+		if !slices.Contains(kinds, s.By) {
+			kinds = append(kinds, s.By)
+		}
+		size, here, right = size+s.Size, here+s.Fetched, right+s.Verified
+	}
+	return strings.Join(kinds, "+"), perCent(here, size), perCent(right, size)
+}
+
+// perCent is 100 % only for all of it.
+func perCent(part, of int64) string {
+	if of <= 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%d%%", 100*part/of)
 }
 
 // listAll returns what is recorded and what is stray.
@@ -108,6 +183,8 @@ func strays(entries []backend.Entry) ([]listed, error) {
 // remedy is the command that mends the state, "" if none is needed.
 func (l listed) remedy() string {
 	switch r := l.Remedy(); {
+	case r == "" && l.wrong():
+		return "what was read is not what the manifest says; erofs-oci umount " + printable(l.Dir)
 	case l.State == backend.Stray && l.Dir != "":
 		// Nobody serves it; the device ends with the mount, or is shown again.
 		return "umount " + printable(l.Dir)
@@ -124,7 +201,7 @@ func printListed(w io.Writer, all []listed) error {
 		return nil
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "REF\tDIGEST\tBACKEND\tDIR\tPID\tSINCE\tSTATE")
+	fmt.Fprintln(t, "REF\tDIGEST\tBACKEND\tDIR\tPID\tSINCE\tBY\tFETCHED\tVERIFIED\tSTATE")
 	for _, l := range all {
 		state := string(l.State)
 		if remedy := l.remedy(); remedy != "" {
@@ -134,8 +211,9 @@ func printListed(w io.Writer, all []listed) error {
 		if l.State == backend.Stray {
 			reference, digest, since = l.NBDDevice, "-", "-"
 		}
-		fmt.Fprintf(t, "%s\t%.19s\t%s\t%s\t%d\t%s\t%s\n",
-			reference, digest, l.Backend, printable(cmp.Or(l.Dir, "-")), l.PID, since, state)
+		by, fetched, verified := l.verification()
+		fmt.Fprintf(t, "%s\t%.19s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\n",
+			reference, digest, l.Backend, printable(cmp.Or(l.Dir, "-")), l.PID, since, by, fetched, verified, state)
 	}
 	return t.Flush()
 }

@@ -23,14 +23,14 @@ func TestPrintListed(t *testing.T) {
 	stray := func(dir string) listed {
 		return listed{NBDDevice: "/dev/nbd3", Entry: backend.Entry{State: backend.Stray, Record: backend.Record{Backend: "nbd", Dir: dir, PID: 9}}}
 	}
-	const head, row = "REF DIGEST BACKEND DIR PID SINCE STATE", "r.example/x:v1 sha256:0123456789ab nbd /mnt 7 2026-05-04 03:02:01 "
+	const head, row = "REF DIGEST BACKEND DIR PID SINCE BY FETCHED VERIFIED STATE", "r.example/x:v1 sha256:0123456789ab nbd /mnt 7 2026-05-04 03:02:01 - - - "
 	for want, l := range map[string]listed{
 		row + "running":                           mounted("/mnt", backend.Running),
 		row + "dead: erofs-oci umount /mnt":       mounted("/mnt", backend.Dead),
 		row + "orphaned: erofs-oci reattach /mnt": mounted("/mnt", backend.Orphaned),
-		`r.example/x:v1 sha256:0123456789ab nbd "/m\n" 7 2026-05-04 03:02:01 dead: erofs-oci umount "/m\n"`: mounted("/m\n", backend.Dead),
-		"/dev/nbd3 - nbd - 9 - stray: erofs-oci disconnect /dev/nbd3":                                       stray(""),
-		"/dev/nbd3 - nbd /mnt 9 - stray: umount /mnt":                                                       stray("/mnt"),
+		`r.example/x:v1 sha256:0123456789ab nbd "/m\n" 7 2026-05-04 03:02:01 - - - dead: erofs-oci umount "/m\n"`: mounted("/m\n", backend.Dead),
+		"/dev/nbd3 - nbd - 9 - - - - stray: erofs-oci disconnect /dev/nbd3":                                       stray(""),
+		"/dev/nbd3 - nbd /mnt 9 - - - - stray: umount /mnt":                                                       stray("/mnt"),
 	} {
 		var out bytes.Buffer
 		if err := printListed(&out, []listed{l}); err != nil {

@@ -204,10 +204,13 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err := src.checkDevices(ctx); err != nil {
 		return err
 	}
+	m.fuse.Revocable = src.unsure()
 	mounted, err := m.mountVolume(ctx, src, log.Logger)
 	if err != nil {
 		return src.explain(err)
 	}
+	watch := watchMount(claim, src, mounted, log.Logger)
+	defer func() { err = errors.Join(err, watch.Close()) }()
 	src.record(&rec)
 	err = p.describe(mounted, &rec)
 	if err == nil {
@@ -216,6 +219,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return errors.Join(err, mounted.Unmount(), mounted.Wait())
 	}
+	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,8 +13,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -111,12 +110,15 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	if err != nil {
 		return err
 	}
+	watch := watchMount(claim, src, mounted, log.Logger)
+	defer func() { err = errors.Join(err, watch.Close()) }()
 	adopted = true
 	rec.PID = os.Getpid()
 	if err := p.announce(claim, log, rec); err != nil {
 		// The mount is served; only who asked does not hear of it.
 		log.Error("announce the reattached mount", "err", err)
 	}
+	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
 }
 
@@ -196,7 +198,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err != nil {
 		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
 	}
-	s := &sourceOptions{cacheDir: rec.Access.CacheDir, client: registry.Options{
+	s := &sourceOptions{cacheDir: rec.Access.CacheDir, verify: cmp.Or(rec.Access.Verify, verifyAuto), client: registry.Options{
 		PlainHTTP: rec.Access.PlainHTTP, AuthFile: rec.Access.AuthFile, ErrorWait: wait, Logger: log.Logger,
 		Username: rec.Access.Username, Password: password,
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
@@ -208,28 +210,15 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if s.client.Username != "" && password == "" {
 		return nil, nil, fmt.Errorf("%s was mounted as user %s: give the password with reattach --password-stdin", rec.Dir, rec.Access.Username)
 	}
-	o := &opened{layers: recordedLayers(rec)}
+	o := &opened{}
+	o.image, o.layers = recordedLayers(rec)
 	if o.client, err = registry.New(s.client); err != nil {
 		return nil, nil, err
 	}
-	if err := p.openBlobs(o, ref, s, log.Logger); err != nil {
+	if err := p.openBlobs(ctx, o, ref, s, log.Logger); err != nil {
 		return nil, nil, errors.Join(err, o.Close())
 	}
 	return o, devices, nil
-}
-
-func recordedLayers(rec backend.Record) []openedLayer {
-	blobs := rec.Layers
-	if len(blobs) == 0 {
-		blobs = []backend.LayerState{{Digest: rec.Digest, Size: rec.Size}}
-	}
-	var layers []openedLayer
-	for _, b := range blobs {
-		layers = append(layers, openedLayer{Layer: registry.Layer{
-			Index: -1, Descriptor: ocispec.Descriptor{Digest: digest.Digest(b.Digest), Size: b.Size},
-		}})
-	}
-	return layers
 }
 
 func (p *program) disconnectCommand() *cli.Command {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -32,7 +33,8 @@ func (p *program) umountCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return run.Unmount(c.Context, args[0], c.Bool("lazy"), umountPatience)
+			wrong := recordedWrong(run, args[0])
+			return errors.Join(run.Unmount(c.Context, args[0], c.Bool("lazy"), umountPatience), wrong)
 		},
 	}
 }

@@ -18,11 +18,12 @@ import (
 	"github.com/erofs-oci/erofs-oci/backend"
 )
 
-// Exit codes: what was asked for cannot be done, and what was asked makes no
-// sense.
+// Exit codes: what was asked for cannot be done, what was asked makes no sense, and
+// what was read turned out to be wrong.
 const (
 	exitFailure = 1
 	exitUsage   = 2
+	exitWrong   = 3
 )
 
 func main() {
@@ -138,6 +139,10 @@ func exitCode(err error) int {
 	var usage errUsage
 	if errors.As(err, &usage) {
 		return exitUsage
+	}
+	var wrong *wrongError
+	if errors.As(err, &wrong) {
+		return exitWrong
 	}
 	var child *backend.ChildError
 	if errors.As(err, &child) && child.Code != 0 {

@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/erofsfmt"
@@ -29,6 +30,7 @@ func sourceFlags() []cli.Flag {
 		&cli.IntFlag{Name: "layer", Value: -1, Usage: "take layer `N` alone, counted from 0 (default: all EROFS layers)", DefaultText: "all EROFS layers"},
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
+		&cli.StringFlag{Name: "verify", Value: verifyAuto, Usage: "verify what is read as `HOW` says: auto (by the image's chunk index or dm-verity tree, else the whole blob once it is here), require (the same, and refuse an image that has neither) or off"},
 	}, keepFlags()...)
 	return append(flags, accessFlags()...)
 }
@@ -70,6 +72,7 @@ type sourceOptions struct {
 	keep     keepOptions
 	onError  string
 	tlsCA    string
+	verify   string
 	// creds says that name and password come in one line.
 	creds bool
 }
@@ -81,7 +84,7 @@ func (s *sourceOptions) access() backend.Access {
 		CacheSize: s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
-		MaxConnsPerHost: s.client.MaxConnsPerHost,
+		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify,
 	}
 }
 
@@ -132,6 +135,13 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	conns := c.Int("max-conns-per-host")
 	if conns < 1 {
 		return usagef("--max-conns-per-host %d: want 1 or more", conns)
+	}
+	switch s.verify = c.String("verify"); s.verify {
+	case verifyAuto, verifyRequire, verifyOff:
+	case "":
+		s.verify = verifyAuto // a command without the flag
+	default:
+		return usagef("--verify %q is not known; there are auto, require and off", s.verify)
 	}
 	authFile := c.String("authfile")
 	if authFile != "" {
@@ -211,6 +221,9 @@ type opened struct {
 	image  *registry.Image
 	layers []openedLayer // the lowest first
 	cache  *blobcache.Cache
+	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
+	// one of each layer.
+	wrong chan error
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -221,7 +234,7 @@ type opened struct {
 // is open.
 type openedLayer struct {
 	registry.Layer
-	blob *blobcache.Blob
+	blob *layerSource
 }
 
 // name is what errors call the layer.
@@ -252,7 +265,7 @@ func (p *program) open(ctx context.Context, s *sourceOptions, log *slog.Logger) 
 	if err = o.chooseLayers(ctx, s); err != nil {
 		return nil, err
 	}
-	return o, p.openBlobs(o, s.ref.registry, s, log)
+	return o, p.openBlobs(ctx, o, s.ref.registry, s, log)
 }
 
 // chooseLayers sets the layers of the resolved image that s means.
@@ -270,8 +283,9 @@ func (o *opened) chooseLayers(ctx context.Context, s *sourceOptions) error {
 	return nil
 }
 
-// openBlobs opens the blobs of o.layers. It asks the registry for nothing.
-func (p *program) openBlobs(o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
+// openBlobs opens the blobs of o.layers, which may come from a manifest or from a record.
+// What is to be fetched for that is fetched at the same time for all of them.
+func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
 	dir, err := p.cacheDir(s.cacheDir, os.Geteuid())
 	if err != nil {
 		return err
@@ -283,20 +297,24 @@ func (p *program) openBlobs(o *opened, ref registry.Reference, s *sourceOptions,
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err
 	}
+	o.wrong = make(chan error, len(o.layers))
+	opener := &layerOpener{
+		client: o.client, ref: ref, image: o.image, cache: o.cache, dir: dir, verify: s.verify, log: log,
+		say:     func(format string, args ...any) { fmt.Fprintf(p.stderr, "erofs-oci: "+format+"\n", args...) },
+		onWrong: func(err error) { o.wrong <- err },
+	}
 	var digests []digest.Digest
+	var all errgroup.Group
 	for i := range o.layers {
 		l := &o.layers[i]
-		blob, err := o.client.Blob(ref, l.Descriptor)
-		if err != nil {
-			return err
-		}
-		if l.blob, err = o.cache.Open(l.Digest.String(), blob.Size(), blob, blobcache.OpenOptions{}); err != nil {
-			return err
-		}
 		digests = append(digests, l.Digest)
+		all.Go(func() (err error) {
+			l.blob, err = opener.open(ctx, l.Layer)
+			return err
+		})
 	}
 	o.id = identity.ChainID(digests).String()
-	return nil
+	return all.Wait()
 }
 
 // volume is what was opened, for a backend.
@@ -322,6 +340,9 @@ func (l *openedLayer) volume() backend.Volume { return backend.Volume{Primary: l
 func (o *opened) record(rec *backend.Record) {
 	if len(o.layers) > 0 {
 		rec.Manifest, rec.Digest = o.image.Digest.String(), o.id
+		for _, l := range o.layers {
+			rec.Integrity = append(rec.Integrity, recordedIntegrity(o.image, l.Layer))
+		}
 	}
 	if len(o.layers) > 1 {
 		for _, l := range o.layers {
@@ -329,7 +350,9 @@ func (o *opened) record(rec *backend.Record) {
 		}
 		return
 	}
-	rec.Size = o.volume().Primary.Size()
+	if rec.Size = o.volume().Primary.Size(); len(o.layers) == 1 {
+		rec.Size = o.layers[0].Size // of the blob, of which not all may be read
+	}
 	for _, f := range o.files {
 		rec.Files = append(rec.Files, f.State())
 	}
@@ -352,6 +375,16 @@ type openedImage struct {
 	*opened
 	Image  *erofsfmt.Image
 	Volume backend.Volume
+	ctx    context.Context
+}
+
+// Close ends the reading. Where all of a layer was read it is known by then whether it was
+// right, and the error says so if it was not.
+func (o *openedImage) Close() error {
+	for _, l := range o.layers {
+		l.blob.settle(o.ctx)
+	}
+	return o.opened.Close()
 }
 
 // openImage opens the image that ref names, for a command with the imageFlags.
@@ -370,7 +403,7 @@ func (p *program) openImage(c *cli.Context, ref string, oneLayer bool, log *slog
 	if err != nil {
 		return nil, errors.Join(o.explain(err), o.Close())
 	}
-	return &openedImage{opened: o, Image: im, Volume: o.volume()}, nil
+	return &openedImage{opened: o, Image: im, Volume: o.volume(), ctx: c.Context}, nil
 }
 
 // explain adds to an error of the image's bytes what was looked at.

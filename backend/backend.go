@@ -11,6 +11,7 @@
 //	ID.lock   locked for as long as the server lives (an open file description
 //	          lock, so the kernel lets go of it however the server ends)
 //	ID.json   the Record; it holds no secret
+//	ID.sock   the server, to be asked for the MountStatus
 //	ID.log    what the server had to say; kept when the server died
 //
 // ID derives from the mount's directory, so that a directory has one mount of

@@ -37,12 +37,28 @@ type Record struct {
 	Files  []FileState     `json:"files,omitempty"` // in place of a blob: the image and its devices
 	NBD    json.RawMessage `json:"nbd,omitempty"`   // the devices, as package nbdserve describes them; of several layers one of each, the topmost first
 
+	Integrity []LayerIntegrity `json:"integrity,omitempty"` // of each blob, the lowest first
+	Wrong     string           `json:"wrong,omitempty"`     // what was found out about the bytes: they are not the manifest's
+
 	Overlay      string `json:"overlay,omitempty"` // where what is written goes
 	TmpfsOverlay bool   `json:"tmpfs_overlay,omitempty"`
 }
 
 // LayerState is the blob of one of several layers.
 type LayerState struct {
+	Digest string `json:"digest"`
+	Size   int64  `json:"size"`
+}
+
+// LayerIntegrity is what the manifest says that the blob of a layer is verified by.
+type LayerIntegrity struct {
+	MediaType   string            `json:"media_type,omitempty"`
+	Annotations map[string]string `json:"annotations,omitempty"`
+	Index       *IndexBlob        `json:"index,omitempty"` // a chunk index in a blob of its own
+}
+
+// IndexBlob is the blob of a chunk index.
+type IndexBlob struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
 }
@@ -60,8 +76,9 @@ type Access struct {
 	CacheDir  string `json:"cache_dir,omitempty"`
 	TLSCA     string `json:"tls_ca,omitempty"`
 
-	SkipTLSVerify   bool `json:"skip_tls_verify,omitempty"`
-	MaxConnsPerHost int  `json:"max_conns_per_host,omitempty"` // 0: as many as usual
+	SkipTLSVerify   bool   `json:"skip_tls_verify,omitempty"`
+	MaxConnsPerHost int    `json:"max_conns_per_host,omitempty"` // 0: as many as usual
+	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
 }
 
 // State says how a recorded mount is.
@@ -136,7 +153,7 @@ func (r *RunDir) Claim(ctx context.Context, dir string) (*Claim, error) {
 		return nil, errors.Join(err, c.lock.Close())
 	}
 	// What is left of a server whose mount is gone is not this one's.
-	for _, suffix := range append(logSuffixes(), ".json") {
+	for _, suffix := range append(logSuffixes(), ".sock", ".json") {
 		if err := os.Remove(r.file(c.id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, errors.Join(err, c.Release())
 		}
@@ -238,6 +255,16 @@ func (c *Claim) Write(rec Record) error {
 	return os.Rename(next, c.run.file(c.id, ".json"))
 }
 
+// Amend changes the record that was published.
+func (c *Claim) Amend(change func(*Record)) error {
+	rec, ok, err := c.run.read(c.id)
+	if err != nil || !ok {
+		return err
+	}
+	change(&rec)
+	return c.Write(rec)
+}
+
 // Abandon lets go of the directory and leaves the record to the next who comes.
 func (c *Claim) Abandon() error { return c.lock.Close() }
 
@@ -267,7 +294,7 @@ func logSuffixes() []string {
 // without its lock finds a mount that has no server.
 func (r *RunDir) remove(id string) error {
 	var errs []error
-	for _, suffix := range append(logSuffixes(), ".json.new", ".json", ".lock") {
+	for _, suffix := range append(logSuffixes(), ".sock", ".json.new", ".json", ".lock") {
 		if err := os.Remove(r.file(id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}

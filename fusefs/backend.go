@@ -26,6 +26,9 @@ type Backend struct {
 	// Unchecked lets the user who mounts, and nobody else, read all of the image,
 	// whatever the modes in it say.
 	Unchecked bool
+	// Revocable says that the image may turn out to be wrong while it is mounted: see
+	// Revoke of the mount.
+	Revocable bool
 }
 
 // unchecked heeds Unchecked only where others are not let in.
@@ -85,12 +88,15 @@ func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o b
 	life, end := context.WithCancel(context.Background())
 	fsys := newFileSystem(life, im, log)
 	fsys.trusted, fsys.device = initial, id
+	if b.Revocable {
+		fsys.revoking = &revoking{}
+	}
 	done, err := serve(fsys, dev, log, !b.unchecked(o), func() { end(); fsys.end() })
 	if err != nil {
 		end()
 		return nil, errors.Join(err, backend.Detach(target, id, true))
 	}
-	return &mount{target: target, device: id, log: log, done: done}, nil
+	return &mount{target: target, device: id, log: log, done: done, revoking: fsys.revoking}, nil
 }
 
 // mount is a mount whose end is the end of a FUSE connection.
@@ -99,6 +105,8 @@ type mount struct {
 	device backend.Device
 	log    *slog.Logger
 	done   <-chan struct{}
+	// revoking is nil where that cannot be.
+	revoking *revoking
 }
 
 // serve answers what comes over the connection dev, which it takes over. When the

@@ -45,6 +45,7 @@ func (f *fileSystem) readDir(in *fuse.ReadIn, add func(erofsfmt.Dirent) (bool, e
 	if err != nil {
 		return f.fail("readdir", in.NodeId, err)
 	}
+	f.revoking.note(in.NodeId)
 	added := 0
 	var failed error
 	err = f.im.ReadDir(f.ctx, &dir, int64(in.Offset), func(e erofsfmt.Dirent) bool {

@@ -67,6 +67,8 @@ type fileSystem struct {
 	trusted bool
 	// noOpen and noOpendir are set by Init, before the first request.
 	noOpen, noOpendir bool
+	// revoking is set if the bytes may turn out to be wrong.
+	revoking *revoking
 }
 
 func newFileSystem(ctx context.Context, im *erofsfmt.Image, log *slog.Logger) *fileSystem {
@@ -84,6 +86,9 @@ func (f *fileSystem) String() string { return "erofs-oci" }
 
 func (f *fileSystem) Init(s *fuse.Server) {
 	flags := s.KernelSettings().Flags64()
+	if f.revoking != nil {
+		f.revoking.server.Store(s)
+	}
 	f.noOpen = flags&fuse.CAP_NO_OPEN_SUPPORT != 0
 	f.noOpendir = flags&capNoOpendir != 0
 	if raiseReadahead(f.device) != nil {
@@ -106,6 +111,9 @@ func (f *fileSystem) end() {
 
 // inode reads the inode behind a FUSE node id.
 func (f *fileSystem) inode(node uint64) (erofsfmt.Inode, error) {
+	if err := f.revoking.why(); err != nil {
+		return erofsfmt.Inode{}, err
+	}
 	return f.im.Inode(f.ctx, f.ids.nid(node))
 }
 
@@ -149,6 +157,7 @@ func (f *fileSystem) Readlink(_ <-chan struct{}, header *fuse.InHeader) ([]byte,
 	if err != nil {
 		return nil, f.fail("readlink", header.NodeId, err)
 	}
+	f.revoking.note(header.NodeId)
 	target, err := f.im.Readlink(f.ctx, &ino)
 	if err != nil {
 		return nil, f.fail("readlink", header.NodeId, err)
@@ -181,11 +190,16 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	if in.Offset >= size {
 		return fuse.ReadResultData(nil), fuse.OK
 	}
+	f.revoking.note(in.NodeId)
 	buf = buf[:min(uint64(len(buf)), uint64(in.Size), size-in.Offset)]
 	if f.streams != nil && size > uint64(len(buf)) {
 		f.streams.saw(&ino, int64(in.Offset), int64(len(buf)))
 	}
-	if err := f.readFile(in, &ino, buf); err != nil {
+	err = f.readFile(in, &ino, buf)
+	if err == nil {
+		err = f.revoking.why() // since it began
+	}
+	if err != nil {
 		return nil, f.fail("read", in.NodeId, err)
 	}
 	return fuse.ReadResultData(buf), fuse.OK

@@ -22,6 +22,7 @@ type Blob struct {
 	// storage is where each place last sent us for the blob, often by a URL that is
 	// signed and good for minutes. nil: ask the place.
 	storage []atomic.Pointer[url.URL]
+	last    atomic.Pointer[place] // where the last answer came from
 }
 
 // Blob returns the blob that desc describes, in the repository of ref. Nothing
@@ -74,6 +75,24 @@ func (b *Blob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, sta
 	return s, s.pos, size, nil
 }
 
+// Places is how many there are to fetch the blob from: the registry, and its mirrors.
+func (b *Blob) Places() int { return len(b.source.places) }
+
+// FetchElsewhere is Fetch of bytes that were not what they should be when they came the
+// last time, which why says. A mirror that they may have come from is left for a while, and
+// asked last.
+func (b *Blob) FetchElsewhere(ctx context.Context, off, n int64, why error) (body io.ReadCloser, start, total int64, err error) {
+	if p := b.last.Load(); p != nil {
+		p.leave(why)
+		// It may have sent us to the storage of something else.
+		b.storage[p.index].Store(nil)
+	}
+	at := b.source.registry()
+	at.client.log.Warn("bytes of a blob are wrong; they are fetched again", "repository", at.ref.name(),
+		"digest", b.desc.Digest, "offset", off, "bytes", n, "err", why)
+	return b.Fetch(ctx, off, n)
+}
+
 func (b *Blob) located(err error, off, n int64) error {
 	return fmt.Errorf("blob %s bytes %d+%d: %w", b.desc.Digest, off, n, err)
 }
@@ -115,6 +134,7 @@ func (b *Blob) ask(ctx context.Context, p *place, off, end int64) (answer, error
 		_ = resp.Body.Close() // the answer is of no use
 		return answer{}, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
 	}
+	b.last.Store(p)
 	return answer{resp: resp, whole: resp.StatusCode == http.StatusOK, from: p}, nil
 }
 

@@ -18,7 +18,8 @@
 // answer is checked (status 206, Content-Range, body length, no encoding) and
 // whose body heals itself when the connection breaks. Nothing is cached here;
 // what Fetch delivers has been checked for place and length, not for content:
-// the digest of a blob cannot be verified from a part of it.
+// the digest of a blob cannot be verified from a part of it. What else the manifest
+// vouches for parts by, Image.Vouched says; who finds them wrong asks FetchElsewhere.
 //
 // # The way of a request
 //

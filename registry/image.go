@@ -191,13 +191,11 @@ func (im *Image) refuse(l Layer, named bool) error {
 	kind := layerKindOf(l.MediaType)
 	what := fmt.Sprintf("layer %d is %s", l.Index, shownType(l.MediaType))
 	switch {
-	case kind == kindErofsZstd:
-		return fmt.Errorf("%s, a zstd-compressed image; this version mounts raw %s only", what, MediaTypeErofs)
 	case kind == kindErofsOther:
-		return fmt.Errorf("%s, which is not a mountable image; this version mounts raw %s only", what, MediaTypeErofs)
+		return fmt.Errorf("%s, which is not a mountable image; this version mounts %s and %s", what, MediaTypeErofs, MediaTypeErofsZstd)
 	case kind == kindCompressed:
 		return im.noErofsBut(what)
-	case kind == kindErofs && !named && l.Size == 0:
+	case (kind == kindErofs || kind == kindErofsZstd) && !named && l.Size == 0:
 		return fmt.Errorf("%s, but empty", what)
 	}
 	return nil

@@ -52,6 +52,7 @@ const (
 	AnnotationChunkIndexRange    = "org.erofs.chunk-index.range"
 	AnnotationChunkIndexDigest   = "org.erofs.chunk-index.digest"
 	AnnotationChunkIndexType     = "org.erofs.chunk-index.mediaType"
+	AnnotationChunkIndexTarget   = "org.erofs.chunk-index.target" // of one in a blob of its own: the layer's digest
 	AnnotationVerityOffset       = "org.erofs.dmverity.hash_offset"
 	AnnotationVerityRoot         = "org.erofs.dmverity.root_digest"
 	AnnotationVerityBlockSize    = "org.erofs.dmverity.block_size"
@@ -60,6 +61,12 @@ const (
 	AnnotationContainerdVerityOffset    = "dev.containerd.erofs.dmverity.offset"
 	AnnotationContainerdVerityRoot      = "dev.containerd.erofs.dmverity.root_digest"
 	AnnotationContainerdVerityBlockSize = "dev.containerd.erofs.dmverity.block_size"
+)
+
+// The annotations of EROFS layers begin with these.
+const (
+	PrefixErofs           = "org.erofs."
+	PrefixContainerdErofs = "dev.containerd.erofs."
 )
 
 // Erofs says that the layer is an EROFS image by its media type, raw or in zstd

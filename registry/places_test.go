@@ -51,6 +51,16 @@ func newMirrored(t *testing.T, conf string, o registry.Options) *mirrored {
 	return m
 }
 
+// blob is the image's only layer.
+func (m *mirrored) blob(t *testing.T) *registry.Blob {
+	t.Helper()
+	b, err := m.client.Blob(m.ref, ocispec.Descriptor{Digest: sum(m.data), Size: int64(len(m.data))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 // read resolves the image and reads n bytes of its layer, by one Fetch.
 func (m *mirrored) read(t *testing.T, n int64) error {
 	t.Helper()

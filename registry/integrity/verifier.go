@@ -73,6 +73,17 @@ func (r *Verifier) Verify(ctx context.Context, p []byte, off int64) error {
 	return nil
 }
 
+// VerifyRoot reads the hash block that the root digest is of, and verifies it. A superblock
+// whose salt or algorithm was forged fails here. A tree over a single block has no hash
+// block: there all is left to Verify.
+func (r *Verifier) VerifyRoot(ctx context.Context) error {
+	if len(r.tree.levels) == 0 {
+		return nil
+	}
+	_, err := r.digests(ctx, len(r.tree.levels)-1, 0)
+	return err
+}
+
 // digests is block n of the level, verified. What is above the highest level is the root
 // digest.
 func (r *Verifier) digests(ctx context.Context, level int, n int64) ([]byte, error) {

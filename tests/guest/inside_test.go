@@ -55,6 +55,7 @@ var inside = map[string]group{
 		{"Supervised", testSupervised},
 		{"OverlayReattached", testOverlayReattached},
 		{"LocalReattached", testLocalReattached},
+		{"Verified", testVerified},
 	}},
 	"layers": {2, []check{
 		{"Layers", testLayers},

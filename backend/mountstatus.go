@@ -1,0 +1,126 @@
+package backend
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// MountStatus is what the server of a mount knows of it now, beside what is recorded.
+type MountStatus struct {
+	Layers []LayerStatus `json:"layers"`
+}
+
+// LayerStatus is that of one layer's image.
+type LayerStatus struct {
+	Digest   string `json:"digest"`      // of the blob
+	By       string `json:"verified_by"` // what its bytes are verified by; "none" if by nothing
+	Size     int64  `json:"size"`        // of what can be read of it
+	Fetched  int64  `json:"fetched"`     // bytes that are here
+	Verified int64  `json:"verified"`    // those of them that were verified
+	Wrong    string `json:"wrong,omitempty"`
+}
+
+// A StatusServer answers those who ask for the status of a mount, until Close.
+//
+// It is a socket in the run directory, ID.sock: whoever connects is sent the status, and
+// that is all there is to it. A file that the server writes now and then would be out of
+// date as often as not, and would be written for nobody most of the time. That the socket
+// refuses says that the server is gone.
+type StatusServer struct {
+	listener net.Listener
+	done     sync.WaitGroup
+}
+
+// statusPatience bounds both ends: a server that is stopped does not stop who asks it.
+const statusPatience = 2 * time.Second
+
+// ServeStatus begins to answer with what status returns.
+func (c *Claim) ServeStatus(status func() MountStatus) (*StatusServer, error) {
+	path := c.run.file(c.id, ".sock")
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	s := &StatusServer{}
+	err := c.run.bySocketPath(c.id, func(short string) (err error) {
+		// The directory is open to its owner only.
+		s.listener, err = net.Listen("unix", short)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("status of the mount: %w", err)
+	}
+	// Its name is short while the directory is open; remove takes the file away.
+	s.listener.(*net.UnixListener).SetUnlinkOnClose(false)
+	s.done.Go(func() { s.serve(status) })
+	return s, nil
+}
+
+// bySocketPath calls f with a path of the socket that fits into an address: there is room
+// for 107 bytes, and the run directory may have a longer path.
+func (r *RunDir) bySocketPath(id string, f func(short string) error) error {
+	dir, err := os.Open(r.path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return f(filepath.Join("/proc/self/fd", fmt.Sprint(dir.Fd()), id+".sock"))
+}
+
+func (s *StatusServer) serve(status func() MountStatus) {
+	for {
+		conn, err := s.listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// Descriptors have run out, say; it is not for this to end.
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		// Who asked and does not listen does not wait.
+		_ = conn.SetDeadline(time.Now().Add(statusPatience))
+		_ = json.NewEncoder(conn).Encode(status())
+		_ = conn.Close()
+	}
+}
+
+// Close ends the answering.
+func (s *StatusServer) Close() error {
+	err := s.listener.Close()
+	s.done.Wait()
+	return err
+}
+
+// Status asks the server of the mount on dir, which is as in a Record. It says false where
+// there is none to ask.
+func (r *RunDir) Status(ctx context.Context, dir string) (status MountStatus, ok bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, statusPatience)
+	defer cancel()
+	err = r.bySocketPath(id(dir), func(short string) error {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unix", short)
+		if err != nil {
+			return nil // it is gone, or is of a version without a status
+		}
+		defer conn.Close()
+		if deadline, has := ctx.Deadline(); has {
+			if err := conn.SetDeadline(deadline); err != nil {
+				return err
+			}
+		}
+		if err := json.NewDecoder(conn).Decode(&status); err != nil {
+			return fmt.Errorf("status of the mount on %s: %w", dir, err)
+		}
+		ok = true
+		return nil
+	})
+	return status, ok, err
+}

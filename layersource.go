@@ -1,0 +1,363 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync/atomic"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/registry/chunked"
+	"github.com/erofs-oci/erofs-oci/registry/integrity"
+	"github.com/erofs-oci/erofs-oci/registry/verified"
+)
+
+// What --verify says.
+const (
+	verifyAuto    = "auto"    // verify what there is something to verify by
+	verifyRequire = "require" // and refuse all else
+	verifyOff     = "off"
+)
+
+// What the bytes of a layer are verified by, as list shows it.
+const (
+	byIndex   = "chunk-index"
+	byTree    = "dm-verity"
+	byBlob    = "whole-blob" // its digest, once every byte was here
+	byNothing = "none"
+)
+
+// A wrongError is found when it is too late: bytes were read that are not the blob's.
+type wrongError struct{ err error }
+
+func (e *wrongError) Error() string {
+	return fmt.Sprintf("what was read is not what the manifest says: %v", e.err)
+}
+
+func (e *wrongError) Unwrap() error { return e.err }
+
+// errUnverifiable: there is nothing to verify a layer by, and --verify=require.
+var errUnverifiable = errors.New("it has no chunk index and no dm-verity tree that could be used, so parts of it cannot be verified; --verify=auto would mount it unverified")
+
+// layerBytes are those of a layer's image: in the cache, or in a file.
+type layerBytes interface {
+	backend.Source
+	ReadResident(p []byte, off int64) bool
+	Present(off int64) (present bool, end int64)
+	Close() error
+}
+
+// A layerSource is the image that is in a layer: read through the cache, decompressed if
+// need be, and verified as far as the manifest has something to verify it by.
+type layerSource struct {
+	digest string // of the layer's blob
+	bytes  layerBytes
+	size   int64 // of what may be read: nothing vouches for what is behind it
+	by     string
+	log    *slog.Logger
+	image  *chunked.Image // nil: as it is in the blob
+
+	// Where nothing verifies parts, the whole is verified when it is here.
+	open    chan struct{} // closed when bytes is set
+	check   string        // the digest; "" if it is not to be checked
+	life    context.Context
+	end     context.CancelFunc
+	checked chan struct{} // closed when that has ended
+	right   atomic.Bool   // it has the digest
+	wrong   atomic.Pointer[wrongError]
+	onWrong func(error) // called once
+}
+
+// A layerOpener opens the layers of one image.
+type layerOpener struct {
+	client *registry.Client
+	ref    registry.Reference
+	image  *registry.Image
+	cache  *blobcache.Cache
+	dir    string // the cache's
+	verify string
+	log    *slog.Logger
+	say    func(format string, args ...any) // to the user
+	// onWrong is told when the bytes of a layer turn out to be wrong.
+	onWrong func(error)
+}
+
+// open opens a layer of the image. It costs no request where parts cannot be verified, and
+// one where they can.
+func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSource, err error) {
+	blob, err := o.client.Blob(o.ref, l.Descriptor)
+	if err != nil {
+		return nil, err
+	}
+	v, err := o.image.Vouched(l)
+	if err != nil && o.verify != verifyOff {
+		return nil, fmt.Errorf("%w; --verify=off would not look at it", err)
+	}
+	s := &layerSource{digest: l.Digest.String(), by: byNothing, log: o.log, open: make(chan struct{}), checked: make(chan struct{}), onWrong: o.onWrong}
+	// The check of the whole ends with the source.
+	s.life, s.end = context.WithCancel(context.Background())
+	if v.Compressed {
+		err = o.openCompressed(ctx, s, blob, v)
+	} else {
+		err = o.openRaw(ctx, s, blob, v)
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	close(s.open)
+	return s, nil
+}
+
+// index reads the layer's chunk index. It is nil where there is none, or none of a kind
+// that is known here.
+func (o *layerOpener) index(ctx context.Context, blob *registry.Blob, v registry.Vouched) (*verified.Index, error) {
+	if v.Unknown != "" {
+		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "reason", v.Unknown)
+	}
+	if v.Index == nil {
+		return nil, nil
+	}
+	holder := blob
+	if v.Index.Holder.Digest != blob.Digest() {
+		var err error
+		if holder, err = o.client.Blob(o.ref, v.Index.Holder); err != nil {
+			return nil, err
+		}
+	}
+	x, err := verified.ReadIndex(ctx, holder, blob, verified.IndexPlace{
+		Off: v.Index.Off, Len: v.Index.Len, Framed: v.Index.Framed, Digest: v.Index.Digest.String(), DataEnd: v.Index.DataEnd,
+		Unchecked: o.verify == verifyOff,
+	})
+	if errors.Is(err, integrity.ErrUnsupported) {
+		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "err", err)
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", blob.Digest(), err)
+	}
+	want := integrity.None
+	if v.Compressed {
+		want = integrity.Zstd
+	}
+	if x.Compression() != want {
+		return nil, fmt.Errorf("blob %s: its chunk index has compression %d, and its media type %d: %w", blob.Digest(), x.Compression(), want, integrity.ErrCorrupt)
+	}
+	return x, nil
+}
+
+// Units that the cache takes from an index.
+const (
+	minUnit = 4 << 10
+	maxUnit = 16 << 20
+)
+
+// openRaw opens an image that is not compressed: by its index, else by its tree, else as
+// it comes.
+func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
+	if o.verify == verifyOff {
+		return o.cached(s, s.digest, blob, blob.Size(), blobcache.OpenOptions{})
+	}
+	x, err := o.index(ctx, blob, v)
+	if err != nil {
+		return err
+	}
+	if x != nil && x.Verifies() {
+		s.by = byIndex
+		if unit := x.Unit(minUnit, maxUnit); unit > 0 {
+			return o.cachedPart(s, x.Size(), x, blob.Size(), blobcache.OpenOptions{Verify: x.Verify, ChunkSize: unit})
+		}
+		return o.cached(s, derived("chunks", s.digest, v.Index.Digest.String()), x.Stream(), x.Size(), blobcache.OpenOptions{})
+	}
+	if v.Verity != nil {
+		t, err := verified.OpenTree(ctx, blob, integrity.VerityRoot{
+			HashOffset: v.Verity.Off, BlockSize: v.Verity.BlockSize, Size: blob.Size(), Digest: v.Verity.Root,
+		})
+		if err != nil {
+			return fmt.Errorf("blob %s: %w", blob.Digest(), err)
+		}
+		s.by = byTree
+		return o.cachedPart(s, t.Size(), t, blob.Size(), blobcache.OpenOptions{Verify: t.Verify})
+	}
+	if o.verify == verifyRequire {
+		return fmt.Errorf("blob %s: %w", blob.Digest(), errUnverifiable)
+	}
+	s.check = s.digest
+	return o.cached(s, s.digest, blob, blob.Size(), blobcache.OpenOptions{OnComplete: s.checkWhole})
+}
+
+// openCompressed opens an image in zstd frames: chunk by chunk where there is an index.
+func (o *layerOpener) openCompressed(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
+	x, err := o.index(ctx, blob, v)
+	if err != nil {
+		return err
+	}
+	if x == nil || !x.Verifies() && o.verify != verifyOff {
+		return o.openWhole(ctx, s, blob, v)
+	}
+	if s.image, err = chunked.New(x.ChunkIndex, x.Stream()); err != nil {
+		return fmt.Errorf("blob %s: %w", blob.Digest(), err)
+	}
+	if o.verify != verifyOff {
+		s.by = byIndex
+	}
+	name := derived("zstd", s.digest, v.Index.Digest.String(), s.by)
+	return o.cached(s, name, s.image, x.Size(), blobcache.OpenOptions{ChunkSize: x.Unit(minUnit, maxUnit)})
+}
+
+// derived names what is kept in the cache of a blob where that is not the blob as it is, or
+// was let in by something else than the blob's digest: another manifest may vouch for other
+// bytes under the same digest, and must not be believed.
+func derived(parts ...string) string {
+	h := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintf(h, "%s\n", p) // a hash never fails: see hash.Hash
+	}
+	return "sha256:" + hex.EncodeToString(h.Sum(nil))
+}
+
+// cached opens bytes in the cache, all of which may be read.
+func (o *layerOpener) cached(s *layerSource, name string, f blobcache.Fetcher, size int64, options blobcache.OpenOptions) error {
+	b, err := o.cache.Open(name, size, f, options)
+	if err != nil {
+		return err
+	}
+	s.bytes, s.size = b, size
+	return nil
+}
+
+// cachedPart is cached for a blob of which the first size bytes may be read.
+func (o *layerOpener) cachedPart(s *layerSource, size int64, f blobcache.Fetcher, total int64, options blobcache.OpenOptions) error {
+	err := o.cached(s, s.digest, f, total, options)
+	s.size = size
+	return err
+}
+
+// checkWhole is called when every byte is here.
+func (s *layerSource) checkWhole() {
+	defer close(s.checked)
+	select {
+	case <-s.open:
+	case <-s.life.Done():
+		return
+	}
+	err := verified.CheckWhole(s.life, s.bytes, s.size, s.check)
+	var changed *verified.DigestError
+	switch {
+	case err == nil:
+		s.right.Store(true)
+	case errors.As(err, &changed):
+		s.poison(fmt.Errorf("blob %s: %w", s.digest, err))
+	case s.life.Err() == nil:
+		s.log.Warn("the blob is here and was not verified", "blob", s.digest, "err", err)
+	}
+}
+
+// poison has every read fail from now on.
+func (s *layerSource) poison(err error) {
+	wrong := &wrongError{err}
+	s.wrong.Store(wrong)
+	s.log.Error("every read fails from now on", "blob", s.digest, "err", wrong)
+	// The next mount is not to find it. A cache that ends with the mount has no next one.
+	if b, ok := s.bytes.(interface{ Purge() error }); ok {
+		if err := b.Purge(); err != nil {
+			s.log.Error("the cache keeps a blob that is wrong; erofs-oci cache rm would remove it", "blob", s.digest, "err", err)
+		}
+	}
+	s.onWrong(wrong)
+}
+
+// settle waits, where every byte is here, until it is known whether they are right.
+func (s *layerSource) settle(ctx context.Context) {
+	if s.check == "" {
+		return
+	}
+	for off := int64(0); off < s.size; {
+		present, end := s.bytes.Present(off)
+		if !present {
+			return
+		}
+		off = end
+	}
+	if s.size == 0 {
+		return
+	}
+	select {
+	case <-s.checked:
+	case <-ctx.Done():
+	}
+}
+
+// Size is a backend.Source's.
+func (s *layerSource) Size() int64 { return s.size }
+
+// ReadAt is a backend.Source's.
+func (s *layerSource) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if wrong := s.wrong.Load(); wrong != nil {
+		return wrong
+	}
+	if off < 0 || off > s.size || int64(len(p)) > s.size-off {
+		return fmt.Errorf("%d bytes at %d lie outside the image's %d bytes: %w", len(p), off, s.size, io.ErrUnexpectedEOF)
+	}
+	return s.bytes.ReadAt(ctx, p, off)
+}
+
+// ReadResident is that of a blobcache.Blob.
+func (s *layerSource) ReadResident(p []byte, off int64) bool {
+	if s.wrong.Load() != nil || off < 0 || off > s.size || int64(len(p)) > s.size-off {
+		return false
+	}
+	return s.bytes.ReadResident(p, off)
+}
+
+// Present is that of a blobcache.Blob.
+func (s *layerSource) Present(off int64) (present bool, end int64) {
+	present, end = s.bytes.Present(off)
+	return present, min(end, s.size)
+}
+
+// status is what list shows.
+func (s *layerSource) status() backend.LayerStatus {
+	st := backend.LayerStatus{Digest: s.digest, By: s.by, Size: s.size}
+	for off := int64(0); off < s.size; {
+		present, end := s.Present(off)
+		if present {
+			st.Fetched += end - off
+		}
+		off = end
+	}
+	if s.right.Load() {
+		st.By = byBlob
+	}
+	if st.By != byNothing {
+		st.Verified = st.Fetched
+	}
+	if wrong := s.wrong.Load(); wrong != nil {
+		st.Wrong = wrong.Error()
+	}
+	return st
+}
+
+// unsure says that it may turn out later that what was read is wrong.
+func (s *layerSource) unsure() bool { return s.check != "" }
+
+// Close ends the source. The error says so if its bytes were wrong.
+func (s *layerSource) Close() error {
+	var errs []error
+	s.end()
+	if s.bytes != nil {
+		errs = append(errs, s.bytes.Close())
+	}
+	if s.image != nil {
+		errs = append(errs, s.image.Close())
+	}
+	if wrong := s.wrong.Load(); wrong != nil {
+		errs = append(errs, wrong)
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,233 @@
+package verified
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/erofs-oci/erofs-oci/registry/integrity"
+)
+
+const (
+	// partSize is how much of a tree is fetched at once: the digests of 32 MiB of data, in
+	// blocks of 4096 and SHA-256. It is a multiple of every block size.
+	partSize = 256 << 10
+	// maxParts are remembered.
+	maxParts = 64
+)
+
+// A Tree verifies blocks of a blob by its dm-verity tree. Together with its hook Verify it
+// is the Fetcher of a cache: chunks that Verify found wrong it fetches from elsewhere.
+type Tree struct {
+	suspects
+	verifier *integrity.Verifier
+	parts    *parts
+	size     int64 // of the data
+}
+
+// OpenTree reads the beginning of the tree that root speaks of, with one GET, and
+// verifies its root. More of it is read when it is needed.
+func OpenTree(ctx context.Context, blob Fetcher, root integrity.VerityRoot) (*Tree, error) {
+	alg := integrity.SHA256
+	if len(root.Digest) == integrity.SHA512.Size() {
+		alg = integrity.SHA512
+	}
+	n, err := integrity.VeritySize(root.HashOffset, integrity.VerityOptions{Algorithm: alg, BlockSize: root.BlockSize})
+	if err != nil {
+		return nil, fmt.Errorf("dm-verity: %w: %w", err, integrity.ErrCorrupt)
+	}
+	if n > root.Size-root.HashOffset {
+		return nil, fmt.Errorf("dm-verity: a tree of %d bytes at %d of a blob of %d: %w", n, root.HashOffset, root.Size, integrity.ErrCorrupt)
+	}
+	t := &Tree{suspects: suspects{blob: blob, total: root.Size}, size: root.HashOffset, parts: newParts(blob, root.HashOffset, root.HashOffset+n)}
+	for try := again(blob); ; try-- {
+		if err = t.open(ctx, root); err == nil {
+			return t, nil
+		}
+		wrong := isMismatch(err) || errors.Is(err, integrity.ErrCorrupt) || errors.Is(err, integrity.ErrUnsupported)
+		if try == 0 || !wrong {
+			return nil, fmt.Errorf("dm-verity tree: %w", err)
+		}
+		var m *integrity.MismatchError
+		at := root.HashOffset
+		if errors.As(err, &m) {
+			at = m.Off
+		}
+		// The superblock is in the first part, and has the salt of all the others.
+		t.parts.forget(root.HashOffset, err)
+		t.parts.forget(at, err)
+	}
+}
+
+// open reads the superblock, and the block that the root digest is of.
+func (t *Tree) open(ctx context.Context, root integrity.VerityRoot) error {
+	super := make([]byte, integrity.VeritySuperSize)
+	if err := t.parts.read(ctx, super, root.HashOffset); err != nil {
+		return err
+	}
+	v, err := integrity.OpenVerity(super, root)
+	if err != nil {
+		return err
+	}
+	t.verifier = v.NewVerifier(t.parts.read, integrity.VerifierOptions{})
+	return t.verifier.VerifyRoot(ctx)
+}
+
+// Size is how many bytes of the blob the tree verifies: the first ones.
+func (t *Tree) Size() int64 { return t.size }
+
+// Fetch is a Fetcher's. What it is asked for of the tree, as by a cache that reads ahead, is
+// not fetched twice.
+func (t *Tree) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
+	return t.fetchBefore(ctx, off, n, t.size, t.parts.end, func(at, n int64) io.Reader {
+		return &partsReader{ctx: ctx, parts: t.parts, off: at, end: at + n}
+	})
+}
+
+// A partsReader reads parts of the tree one after the other.
+type partsReader struct {
+	ctx      context.Context
+	parts    *parts
+	off, end int64
+}
+
+func (r *partsReader) Read(p []byte) (int, error) {
+	if r.off == r.end {
+		return 0, io.EOF
+	}
+	inPart := partSize - (r.off-r.parts.off)%partSize
+	n := min(int64(len(p)), r.end-r.off, inPart)
+	if err := r.parts.read(r.ctx, p[:n], r.off); err != nil {
+		return 0, err
+	}
+	r.off += n
+	return int(n), nil
+}
+
+// Verify is the hook of a cache, whose chunks are whole blocks. p is the cache's chunk at
+// off. What of it is behind the data (the tree itself, for the most part) is not verified,
+// and not to be given to anybody: see Size.
+func (t *Tree) Verify(ctx context.Context, p []byte, off int64) error {
+	if off >= t.size {
+		return nil
+	}
+	data := p[:min(int64(len(p)), t.size-off)]
+	for try := again(t.blob); ; try-- {
+		err := t.verifier.Verify(ctx, data, off)
+		if err == nil {
+			return t.judge(off, int64(len(p)), nil)
+		}
+		var m *integrity.MismatchError
+		switch {
+		case !errors.As(err, &m) || m.Level == 0:
+			return t.judge(off, int64(len(p)), err)
+		case try == 0:
+			return &WrongError{Err: err, Last: true}
+		}
+		t.parts.forget(m.Off, err)
+	}
+}
+
+// Parts are those of a tree that were read, as they came: nothing in them is verified.
+type parts struct {
+	blob     Fetcher
+	off, end int64
+
+	mu     sync.Mutex // guards what follows
+	parts  map[int64]*list.Element
+	recent list.List       // of *part, the last used first
+	wrong  map[int64]error // what was wrong with parts that are to be fetched again
+}
+
+// A part is fetched by who asks for it first.
+type part struct {
+	n    int64
+	done chan struct{} // closed when there is data or err, which do not change after that
+	data []byte
+	err  error
+}
+
+func newParts(blob Fetcher, off, end int64) *parts {
+	return &parts{blob: blob, off: off, end: end, parts: make(map[int64]*list.Element), wrong: make(map[int64]error)}
+}
+
+// read is an integrity.ReadFunc. A block does not lie across parts.
+func (t *parts) read(ctx context.Context, p []byte, off int64) error {
+	n := (off - t.off) / partSize
+	at := off - t.off - n*partSize
+	for {
+		pt, mine, why := t.get(n)
+		if mine {
+			t.fetch(ctx, pt, why)
+		}
+		select {
+		case <-pt.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		switch {
+		case pt.err != nil && !mine && ctx.Err() == nil && (errors.Is(pt.err, context.Canceled) || errors.Is(pt.err, context.DeadlineExceeded)):
+			continue // it was somebody else's haste
+		case pt.err != nil:
+			return pt.err
+		case at < 0 || at+int64(len(p)) > int64(len(pt.data)):
+			return fmt.Errorf("%d bytes at %d are not in one part of the tree", len(p), off)
+		}
+		copy(p, pt.data[at:])
+		return nil
+	}
+}
+
+// get is part n, and whether the caller has to fetch it; why says what was wrong with it
+// the last time.
+func (t *parts) get(n int64) (pt *part, mine bool, why error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if e := t.parts[n]; e != nil {
+		t.recent.MoveToFront(e)
+		return e.Value.(*part), false, nil
+	}
+	pt = &part{n: n, done: make(chan struct{})}
+	t.parts[n] = t.recent.PushFront(pt)
+	if t.recent.Len() > maxParts {
+		t.drop(t.recent.Back())
+	}
+	why = t.wrong[n]
+	delete(t.wrong, n)
+	return pt, true, why
+}
+
+// drop forgets a part; who waits for it still gets it. The caller holds mu.
+func (t *parts) drop(e *list.Element) {
+	t.recent.Remove(e)
+	delete(t.parts, e.Value.(*part).n)
+}
+
+func (t *parts) fetch(ctx context.Context, pt *part, why error) {
+	defer close(pt.done)
+	off := t.off + pt.n*partSize
+	data := make([]byte, min(partSize, t.end-off))
+	if pt.err = fill(ctx, t.blob, data, off, why); pt.err == nil {
+		pt.data = data
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if e := t.parts[pt.n]; e != nil && e.Value == pt {
+		t.drop(e)
+	}
+}
+
+// forget has the part that the byte at off is in fetched again.
+func (t *parts) forget(off int64, why error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := (off - t.off) / partSize
+	if e := t.parts[n]; e != nil {
+		t.drop(e)
+	}
+	t.wrong[n] = why
+}
