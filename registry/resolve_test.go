@@ -445,7 +445,7 @@ func TestErofsLayer(t *testing.T) {
 		{"tars", []string{tarGzip, tarGzip}, only, 0, []string{"layer 0 is", "holds layer 0", "layer 1 application/vnd.oci.image.layer.v1.tar+gzip (101 bytes)"}},
 		{"none", nil, only, 0, []string{"has no layers"}},
 		{"two", []string{raw, raw}, only, 0, []string{"2 EROFS layers", "name one", "layer 1 application/vnd.erofs"}},
-		{"raw and zstd", []string{raw, zstd}, only, 0, []string{"layer 1 is application/vnd.erofs+zstd", "zstd-compressed"}},
+		{"raw and zstd", []string{raw, zstd}, only, 0, []string{"2 EROFS layers", "layer 1 application/vnd.erofs+zstd"}},
 		{"many", strings.Fields(strings.Repeat(tarGzip+" ", 20)), only, 0, []string{"layer 7 ", "and 12 more"}},
 		{"no type", []string{""}, only, 0, []string{"layer 0 is of no media type"}},
 		{"hostile type", []string{"x\x1b[31m" + strings.Repeat("y", 1000)}, only, 0, []string{"layer 0 is x[31m", "yyy..."}},
