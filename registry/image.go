@@ -37,8 +37,10 @@ type Image struct {
 	IndexDigest digest.Digest // of the index that the reference led to; "" without one
 	MediaType   string        // of the manifest
 	Platform    string        // as the index says; "" where it does not
-	Config      ocispec.Descriptor
-	Layers      []Layer
+
+	Entry  *ocispec.Descriptor // of the index that names the manifest; nil without an index
+	Config ocispec.Descriptor
+	Layers []Layer
 
 	Manifest Document  // the bytes of which Digest is
 	Index    *Document // the bytes of which IndexDigest is; nil without an index

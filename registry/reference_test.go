@@ -124,7 +124,7 @@ func TestIsLoopback(t *testing.T) {
 		"localhost.example.org": false, "127.0.0.1.example.org": false, "10.0.0.1:5000": false,
 		"0.0.0.0": false, "[::]": false, "127.1": false, "": false,
 	} {
-		if got := isLoopback(host); got != want {
+		if got := IsLoopback(host); got != want {
 			t.Errorf("%q: %v", host, got)
 		}
 	}

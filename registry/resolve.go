@@ -76,6 +76,7 @@ func (im *Image) resolve(ctx context.Context, f finder, target string, want plat
 		if err := checkDigest(next.Digest); err != nil {
 			return fmt.Errorf("index %s, entry %d: %w", doc.Digest, i, err)
 		}
+		im.Entry = &next
 		if next.Platform != nil {
 			im.Platform = clean(platformOf(next.Platform).String(), maxPlatformText)
 		}
@@ -86,6 +87,9 @@ func (im *Image) resolve(ctx context.Context, f finder, target string, want plat
 	im.Manifest, im.Digest, im.MediaType = doc.Document, doc.Digest, doc.MediaType
 	im.Config = doc.manifest.Config
 	for i, d := range doc.manifest.Layers {
+		if err := checkBlob(d); err != nil {
+			return fmt.Errorf("manifest %s, layer %d: %w", doc.Digest, i, err)
+		}
 		im.Layers = append(im.Layers, Layer{Index: i, Descriptor: d})
 	}
 	return nil

@@ -227,7 +227,7 @@ func (c *Client) origin(ctx context.Context, host string, insecure bool) (*url.U
 	switch {
 	case c.plainHTTP:
 		scheme = "http"
-	case insecure, isLoopback(host):
+	case insecure, IsLoopback(host):
 		var err error
 		if scheme, err = c.probe(ctx, host, insecure); err != nil {
 			return nil, err
@@ -269,9 +269,9 @@ func (c *Client) greet(ctx context.Context, scheme, host string) error {
 	return err
 }
 
-// isLoopback reports whether host, with or without a port, can only be this
+// IsLoopback reports whether host, with or without a port, can only be this
 // machine.
-func isLoopback(host string) bool {
+func IsLoopback(host string) bool {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}

@@ -120,7 +120,7 @@ func (s *tokenService) realm(ctx context.Context, address string) (*url.URL, err
 	if err != nil {
 		return nil, err
 	}
-	if origin.Scheme != "http" || !s.plainHTTP && !isLoopback(u.Host) {
+	if origin.Scheme != "http" || !s.plainHTTP && !IsLoopback(u.Host) {
 		return nil, fmt.Errorf("token realm %s refused: credentials are not sent over plain HTTP", redact(u))
 	}
 	return u, nil
