@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,6 +37,11 @@ func layoutFlags() []cli.Flag {
 		&cli.StringFlag{Name: "tmp-limit", Usage: "keep at most `SIZE` of layers there", DefaultText: "no limit"},
 		&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "say nothing but the digest at the end"},
 	}
+}
+
+// without leaves one of the flags out.
+func without(flags []cli.Flag, name string) []cli.Flag {
+	return slices.DeleteFunc(flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), name) })
 }
 
 // A layout is what the layoutFlags say.

@@ -51,6 +51,9 @@ func (p *program) build(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := checkSource(c, at); err != nil {
+		return err
+	}
 	o, err := p.treeOptions(c, lay)
 	if err != nil {
 		return err
@@ -61,7 +64,7 @@ func (p *program) build(c *cli.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, out.abandon()) }()
-	if o.output, err = out.id(); err != nil {
+	if o.output, err = out.ids(); err != nil {
 		return err
 	}
 	made, err := buildTree(c.Context, at, o, lay, out.File)
@@ -73,6 +76,19 @@ func (p *program) build(c *cli.Context) (err error) {
 	}
 	o.steps.close()
 	return p.reportBuild(out.name, made, lay.quiet)
+}
+
+// checkSource refuses options that would do nothing.
+func checkSource(c *cli.Context, at place) error {
+	if at.kind == inStdin && (c.Bool("creds-stdin") || c.Bool("password-stdin")) {
+		return usagef("standard input cannot be both the archive and the password")
+	}
+	if c.Bool("one-file-system") {
+		if st, err := os.Stat(at.path); at.kind != inPath || err == nil && !st.IsDir() {
+			return usagef("--one-file-system is for directories, and %s is none", at.typed)
+		}
+	}
+	return nil
 }
 
 // treeOptions reads the flags that say how a source is read.
@@ -211,27 +227,40 @@ func createOutput(name string, at place, replace bool) (*output, error) {
 	return &output{File: f, name: name, replace: replace}, nil
 }
 
-// id tells the file from others.
-func (o *output) id() (fileID, error) {
+// ids tell the file from others, and the one that it is to replace, if there is one.
+func (o *output) ids() ([]fileID, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(o.Fd()), &st); err != nil {
-		return fileID{}, &os.PathError{Op: "stat", Path: o.File.Name(), Err: err}
+		return nil, &os.PathError{Op: "stat", Path: o.File.Name(), Err: err}
 	}
-	return fileID{st.Dev, st.Ino}, nil
+	ids := []fileID{{st.Dev, st.Ino}}
+	err := unix.Stat(o.name, &st)
+	switch {
+	case err == nil:
+		ids = append(ids, fileID{st.Dev, st.Ino})
+	case !errors.Is(err, unix.ENOENT):
+		return nil, &os.PathError{Op: "stat", Path: o.name, Err: err}
+	}
+	return ids, nil
 }
 
 // publish gives the file its name.
 func (o *output) publish() error {
 	umask := unix.Umask(0)
 	unix.Umask(umask)
-	if err := o.Chmod(os.FileMode(0o666 &^ umask)); err != nil {
-		return err
+	// Some file systems say only now that there is no room. What is replaced is still needed if the machine stops.
+	err := o.Chmod(os.FileMode(0o666 &^ umask))
+	if err == nil && o.replace {
+		err = o.Sync()
+	}
+	if err = errors.Join(err, o.Close()); err != nil {
+		return fmt.Errorf("%s: %w", o.name, err)
 	}
 	flags := uint(unix.RENAME_NOREPLACE)
 	if o.replace {
 		flags = 0
 	}
-	err := unix.Renameat2(unix.AT_FDCWD, o.File.Name(), unix.AT_FDCWD, o.name, flags)
+	err = unix.Renameat2(unix.AT_FDCWD, o.File.Name(), unix.AT_FDCWD, o.name, flags)
 	if errors.Is(err, unix.EINVAL) { // a file system that cannot refuse
 		err = os.Rename(o.File.Name(), o.name)
 	}
@@ -244,9 +273,12 @@ func (o *output) publish() error {
 
 // abandon closes the file, and takes it away if it is not published.
 func (o *output) abandon() error {
-	err := o.Close()
-	if !o.done {
-		err = errors.Join(err, os.Remove(o.File.Name()))
+	if o.done {
+		return nil
 	}
-	return err
+	err := o.Close()
+	if errors.Is(err, os.ErrClosed) {
+		err = nil
+	}
+	return errors.Join(err, os.Remove(o.File.Name()))
 }

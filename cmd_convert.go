@@ -30,7 +30,8 @@ func (p *program) convertCommand() *cli.Command {
 			"oci-archive:FILE[:NAME] or docker-archive:FILE[:NAME]. " + destHelp +
 			"Each tar layer becomes an EROFS layer, to be mounted over each other. DEST becomes an index\n" +
 			"with the tar image first, for those who do not know EROFS, and the EROFS image after it.\n",
-		Flags:  append(append(append(flags, layoutFlags()...), publishFlags()...), accessFlags()...),
+		// An image for users is never without its data.
+		Flags:  append(append(append(flags, without(layoutFlags(), "metadata-only")...), publishFlags()...), accessFlags()...),
 		Action: p.convert,
 	}
 }
@@ -56,6 +57,10 @@ func (p *program) convert(c *cli.Context) (err error) {
 	defer func() { err = errors.Join(err, v.close()) }()
 	images, err := v.images(c.Context, c.Bool("all-platforms"))
 	if err != nil {
+		return err
+	}
+	// Not before: it makes what is missing.
+	if v.sink, err = openSink(dest, v.from.client); err != nil {
 		return err
 	}
 	target := ""
@@ -94,7 +99,7 @@ func (p *program) newConverter(c *cli.Context, source, dest place) (v *converter
 	if v.lay, err = readLayout(c); err != nil {
 		return nil, err
 	}
-	if err := p.checkCredentials(c, source, dest); err != nil {
+	if err := p.checkHosts(c, source, dest); err != nil {
 		return nil, err
 	}
 	if v.from, err = p.treeOptions(c, v.lay); err != nil {
@@ -107,31 +112,60 @@ func (p *program) newConverter(c *cli.Context, source, dest place) (v *converter
 		v.from.steps.close()
 		return nil, err
 	}
-	if v.sink, err = openSink(dest, v.from.client); err != nil {
-		v.from.steps.close()
-		return nil, errors.Join(err, v.src.Close())
-	}
 	return v, nil
 }
 
-// checkCredentials refuses one set of credentials for two registries: it would be sent to both.
-func (p *program) checkCredentials(c *cli.Context, source, dest place) error {
-	given := c.IsSet("username") || c.IsSet("creds-stdin") || p.getenv("EROFS_OCI_USERNAME") != ""
-	if given && source.kind == inRegistry && dest.kind == inRegistry && source.ref.Host != dest.ref.Host {
-		return usagef("the name and password given are for one registry, and %s and %s are two; log in to both (podman login, docker login) or use --authfile", source.ref.Host, dest.ref.Host)
+// checkHosts refuses what is said of one registry where there are two: name and password would be sent to both, and
+// both would be spoken to without protection.
+func (p *program) checkHosts(c *cli.Context, a, b place) error {
+	if a.kind != inRegistry || b.kind != inRegistry || a.ref.Host == b.ref.Host {
+		return nil
+	}
+	if c.IsSet("username") || c.IsSet("creds-stdin") || p.getenv("EROFS_OCI_USERNAME") != "" {
+		return usagef("the name and password given are for one registry, and %s and %s are two; log in to both (podman login, docker login) or use --authfile", a.ref.Host, b.ref.Host)
+	}
+	if registry.IsLoopback(a.ref.Host) && registry.IsLoopback(b.ref.Host) {
+		return nil
+	}
+	if c.Bool("plain-http") || !c.Bool("tls-verify") {
+		return usagef("--plain-http and --tls-verify=false are for one registry, and %s and %s are two; say it of one of them in registries.conf (insecure = true)", a.ref.Host, b.ref.Host)
 	}
 	return nil
 }
 
+// sayLeftOut says what of an index is not carried over.
+func (v *converter) sayLeftOut(im *registry.Image) {
+	var index ocispec.Index
+	if json.Unmarshal(im.Index.Raw, &index) != nil {
+		return // it was read before
+	}
+	others := 0
+	for _, e := range index.Manifests {
+		if e.Digest != im.Digest && (e.Platform == nil || !slices.Contains(e.Platform.OSFeatures, registry.FeatureErofs)) {
+			others++
+		}
+	}
+	if others > 0 {
+		v.from.steps.say("%d other images of the index (platforms, attestations) are not carried over; --all-platforms converts every platform", others)
+	}
+}
+
 func (v *converter) close() error {
 	v.from.steps.close()
-	return errors.Join(v.src.Close(), v.sink.Close())
+	err := v.src.Close()
+	if v.sink != nil {
+		err = errors.Join(err, v.sink.Close())
+	}
+	return err
 }
 
 // images are those to be converted.
 func (v *converter) images(ctx context.Context, all bool) ([]*registry.Image, error) {
 	if !all {
 		im, err := registry.ResolveIn(ctx, v.src.Store, "", v.from.selector)
+		if err == nil && im.Index != nil {
+			v.sayLeftOut(im)
+		}
 		return []*registry.Image{im}, err
 	}
 	top, err := v.src.Manifest(ctx, "")
@@ -158,7 +192,7 @@ func (v *converter) images(ctx context.Context, all bool) ([]*registry.Image, er
 		if err != nil {
 			return nil, err
 		}
-		im.Index, im.IndexDigest = &top, top.Digest
+		im.Index, im.IndexDigest, im.Entry = &top, top.Digest, &e
 		list = append(list, im)
 	}
 	if len(list) == 0 {

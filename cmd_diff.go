@@ -33,9 +33,19 @@ func (p *program) diffCommand() *cli.Command {
 		Description: strings.ReplaceAll(treeHelp, "SOURCE", "Each of them") +
 			"Of an image index the entry that mount would take counts: one with EROFS layers first. The\n" +
 			"other one can be named by its digest. Prints a line for each difference, and exits 1 if\n" +
-			"there are any.\n",
-		Flags:  append(flags, accessFlags()...),
-		Action: p.diff,
+			"there are any, and 2 if it cannot tell.\n",
+		Flags: append(flags, accessFlags()...),
+		Action: func(c *cli.Context) error {
+			err := p.diff(c)
+			switch {
+			case err == nil:
+			case !errors.Is(err, errDiffer):
+				return errTrouble{err}
+			case c.Bool("quiet"):
+				return errSilent{err}
+			}
+			return err
+		},
 	}
 }
 
@@ -86,7 +96,14 @@ func (p *program) diff(c *cli.Context) (err error) {
 		report.Stopped = len(report.Differences) >= most
 		return !report.Stopped
 	}
-	closeAll, err := d.open(c.Context, args, o)
+	sides, err := parseSides(args)
+	if err != nil {
+		return err
+	}
+	if err := p.checkHosts(c, sides[0], sides[1]); err != nil {
+		return err
+	}
+	closeAll, err := d.open(c.Context, sides, o)
 	defer func() { err = errors.Join(err, closeAll()) }()
 	if err != nil {
 		return err
@@ -118,8 +135,19 @@ func parseIgnore(list string) (map[string]bool, error) {
 	return ignored, nil
 }
 
+func parseSides(names []string) (sides []place, err error) {
+	for _, name := range names {
+		at, err := parsePlace(name)
+		if err != nil {
+			return nil, err
+		}
+		sides = append(sides, at)
+	}
+	return sides, nil
+}
+
 // open reads both trees, of which only the files' data is read later.
-func (d *treeDiff) open(ctx context.Context, names []string, o treeOptions) (closeAll func() error, err error) {
+func (d *treeDiff) open(ctx context.Context, sides []place, o treeOptions) (closeAll func() error, err error) {
 	var closers []io.Closer
 	closeAll = func() (err error) {
 		for _, c := range slices.Backward(closers) {
@@ -127,11 +155,7 @@ func (d *treeDiff) open(ctx context.Context, names []string, o treeOptions) (clo
 		}
 		return err
 	}
-	for i, name := range names {
-		at, err := parsePlace(name)
-		if err != nil {
-			return closeAll, err
-		}
+	for i, at := range sides {
 		of := o
 		if at.kind == inPath {
 			of.selector = registry.Selector{} // --platform is for the other
@@ -146,7 +170,7 @@ func (d *treeDiff) open(ctx context.Context, names []string, o treeOptions) (clo
 			return closeAll, err
 		}
 		layers, err := mkerofs.NewLayers(b, mkerofs.LayerOptions{
-			Warn: func(path, what string) { o.steps.warn("%s: %s: not compared: %s", name, printable(path), what) },
+			Warn: func(path, what string) { o.steps.warn("%s: %s: not compared: %s", at.typed, printable(path), what) },
 		})
 		if err != nil {
 			return closeAll, err

@@ -90,6 +90,9 @@ func (p *program) push(c *cli.Context) (err error) {
 		return err
 	}
 	layers := []ocispec.Descriptor{blob.desc}
+	if err := changeHistory(config, len(layers), false); err != nil {
+		return err
+	}
 	raw, err := erofsConfig(config, layers)
 	if err != nil {
 		return err
@@ -232,8 +235,11 @@ func readConfig(file, name string) (document, error) {
 		}
 		defer f.Close()
 		d := json.NewDecoder(io.LimitReader(f, maxConfig))
-		if err := d.Decode(&config); err != nil || config == nil {
-			return nil, fmt.Errorf("--config %s: not a JSON object: %w", file, err)
+		if err := d.Decode(&config); err != nil {
+			return nil, fmt.Errorf("--config %s: %w", file, err)
+		}
+		if config == nil {
+			return nil, fmt.Errorf("--config %s: not a JSON object", file)
 		}
 	}
 	if file != "" && name == "" && config["architecture"] != nil && config["os"] != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -61,7 +62,7 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 		return nil, fmt.Errorf("layer %d is %s: the image is one of EROFS already", i, layers[i].MediaType)
 	}
 	made := &converted{tar: im.Manifest.Descriptor, layers: len(layers)}
-	if made.platform, err = configPlatform(config); err != nil {
+	if made.platform, err = imagePlatform(im, config); err != nil {
 		return nil, err
 	}
 	blobs := make([]*wholeBlob, len(layers))
@@ -79,7 +80,7 @@ func (v *converter) image(ctx context.Context, im *registry.Image, target string
 	if err != nil {
 		return nil, err
 	}
-	if err := v.changeHistory(config, len(layers)); err != nil {
+	if err := changeHistory(config, len(layers), v.squash); err != nil {
 		return nil, err
 	}
 	raw, err := erofsConfig(config, list)
@@ -103,10 +104,36 @@ func (v *converter) config(ctx context.Context, im *registry.Image) (document, e
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
 	var config document
-	if err := json.Unmarshal(raw, &config); err != nil || config == nil {
-		return nil, fmt.Errorf("configuration %s: not a JSON object: %w", im.Config.Digest, err)
+	if err := json.Unmarshal(raw, &config); err != nil {
+		return nil, fmt.Errorf("configuration %s: %w", im.Config.Digest, err)
+	}
+	if config == nil {
+		return nil, fmt.Errorf("configuration %s: not a JSON object", im.Config.Digest)
 	}
 	return config, nil
+}
+
+// imagePlatform is the platform that the index says, and where that is silent the configuration: old ones do not know
+// their variant.
+func imagePlatform(im *registry.Image, config document) (p ocispec.Platform, err error) {
+	of, err := configPlatform(config)
+	if err != nil {
+		return p, err
+	}
+	if im.Entry != nil && im.Entry.Platform != nil {
+		p = *im.Entry.Platform
+	}
+	p.OS, p.Architecture = cmp.Or(p.OS, of.OS), cmp.Or(p.Architecture, of.Architecture)
+	if p.OS == "" || p.Architecture == "" {
+		return p, errors.New("neither the index nor the configuration says which platform the image is for")
+	}
+	if p.OS == of.OS && p.Architecture == of.Architecture {
+		p.Variant, p.OSVersion = cmp.Or(p.Variant, of.Variant), cmp.Or(p.OSVersion, of.OSVersion)
+		if len(p.OSFeatures) == 0 {
+			p.OSFeatures = of.OSFeatures
+		}
+	}
+	return p, nil
 }
 
 // configPlatform is the platform that a configuration says.
@@ -123,7 +150,7 @@ func configPlatform(config document) (p ocispec.Platform, err error) {
 }
 
 // changeHistory makes the history fit the layers: who reads it expects an entry that is not empty for each of them.
-func (v *converter) changeHistory(config document, layers int) error {
+func changeHistory(config document, layers int, squash bool) error {
 	var history []ocispec.History
 	if config["history"] == nil {
 		return nil
@@ -136,10 +163,10 @@ func (v *converter) changeHistory(config document, layers int) error {
 		if !history[i].EmptyLayer {
 			full++
 		}
-		history[i].EmptyLayer = history[i].EmptyLayer || v.squash
+		history[i].EmptyLayer = history[i].EmptyLayer || squash
 	}
 	switch {
-	case v.squash:
+	case squash:
 		history = append(history, ocispec.History{CreatedBy: "erofs-oci convert --squash", Comment: fmt.Sprintf("all %d layers in one", layers)})
 	case full != layers: // it did not fit before
 		delete(config, "history")
@@ -183,7 +210,7 @@ func (v *converter) convertLayers(ctx context.Context, layers []imageLayer, blob
 	}
 	defer func() { err = errors.Join(err, below.Close()) }()
 	var list []ocispec.Descriptor
-	err = t.each(ctx, func(f *fetching) error {
+	err = t.each(ctx, func(ctx context.Context, f *fetching) error {
 		role := registry.RoleLower
 		if len(list) == len(layers)-1 {
 			role = "" // the top of several, or the only one
@@ -277,7 +304,7 @@ func copyBlob(ctx context.Context, s registry.Store, desc ocispec.Descriptor, to
 	}
 	defer func() { err = errors.Join(err, blob.Close()) }()
 	verifier := desc.Digest.Verifier()
-	n, err := io.Copy(io.MultiWriter(to, verifier), blob)
+	n, err := io.Copy(io.MultiWriter(to, verifier), ctxReader{ctx, blob})
 	switch {
 	case err != nil:
 		return err

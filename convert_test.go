@@ -271,6 +271,9 @@ func TestConvertRefuses(t *testing.T) {
 		"to a file":              {[]string{r.Addr() + "/src:good", "./x"}, exitUsage, "registry or to oci:DIR"},
 		"from a directory":       {[]string{".", r.Addr() + "/dst:v1"}, exitUsage, "holds no container image"},
 		"a path":                 {[]string{"./", r.Addr() + "/dst:v1"}, exitUsage, "holds no container image"},
+		"a name without a file":  {[]string{"--metadata-only", r.Addr() + "/src:good", r.Addr() + "/dst:v1"}, exitUsage, "metadata-only"},
+		"plain HTTP for two":     {[]string{"--plain-http", "docker.io/library/x", "registry.example/x"}, exitUsage, "are two"},
+		"no TLS for two":         {[]string{"--tls-verify=false", "docker.io/library/x", r.Addr() + "/x"}, exitUsage, "are two"},
 		"one password for two":   {[]string{"--username=me", "docker.io/library/x", r.Addr() + "/dst:v1"}, exitUsage, "are two"},
 	} {
 		code, _, stderr := command(t, append([]string{"convert"}, c.args...)...)
@@ -281,5 +284,71 @@ func TestConvertRefuses(t *testing.T) {
 	}
 	if _, err := repository(t, r, "dst:v1").Manifest(t.Context(), "v1"); err == nil {
 		t.Error("something got the name")
+	}
+}
+
+// TestConvertKeepsVariants: old configurations do not know their variant, and the index does.
+func TestConvertKeepsVariants(t *testing.T) {
+	r, err := fakeregistry.New(fakeregistry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	src := repository(t, r, "src:v1")
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	for _, variant := range []string{"v5", "v7"} {
+		d := pushTest(t, src, "", testImage{ocispec.Platform{OS: "linux", Architecture: "arm"}, [][]byte{tarOf(t, variant+" = 1")}, nil})
+		d.Platform = &ocispec.Platform{OS: "linux", Architecture: "arm", Variant: variant}
+		index.Manifests = append(index.Manifests, d)
+	}
+	if _, err := src.PutManifest(t.Context(), "v1", ocispec.MediaTypeImageIndex, marshal(t, index)); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := command(t, "convert", "--all-platforms", r.Addr()+"/src:v1", r.Addr()+"/dst:v1"); code != 0 {
+		t.Fatal(stderr)
+	}
+	for _, variant := range []string{"v5", "v7"} {
+		code, stdout, stderr := command(t, "diff", "--platform", "linux/arm/"+variant, r.Addr()+"/src:v1", r.Addr()+"/dst:v1")
+		if code != 0 || !strings.Contains(stdout, "no differences in 2 paths") {
+			t.Errorf("%s: %d, %s%s", variant, code, stdout, stderr)
+		}
+	}
+	code, _, stderr := command(t, "convert", "--platform", "linux/arm/v7", r.Addr()+"/src:v1", r.Addr()+"/one:v1")
+	if code != 0 || !strings.Contains(stderr, "1 other images of the index") {
+		t.Errorf("%d, %s", code, stderr)
+	}
+}
+
+// TestHostileManifest: a digest that is none is an error, whoever asks for it.
+func TestHostileManifest(t *testing.T) {
+	r, err := fakeregistry.New(fakeregistry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	src := repository(t, r, "src:v1")
+	good := pushTest(t, src, "", testImage{ocispec.Platform{OS: "linux", Architecture: "amd64"}, [][]byte{tarOf(t, "x = 1")}, nil})
+	doc, err := src.Manifest(t.Context(), good.Digest.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(doc.Raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []digest.Digest{"", "abc", "sha256:", "sha256:../../etc/passwd", "x:" + digest.Digest(strings.Repeat("0", 64))} {
+		m.Layers[0].Digest = bad
+		if _, err := src.PutManifest(t.Context(), "bad", ocispec.MediaTypeImageManifest, marshal(t, m)); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{{"build", "-o", filepath.Join(t.TempDir(), "x")}, {"convert"}, {"inspect"}} {
+			args = append(args, r.Addr()+"/src:bad")
+			if args[0] == "convert" {
+				args = append(args, r.Addr()+"/dst:v1")
+			}
+			if code, _, stderr := command(t, args...); code != exitFailure || !strings.Contains(stderr, "layer 0") {
+				t.Errorf("%s of %q: %d, %s", args[0], bad, code, stderr)
+			}
+		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -141,5 +142,61 @@ func TestParseIgnore(t *testing.T) {
 		if _, err := parseIgnore(list); exitCode(err) != exitUsage {
 			t.Errorf("%q: %v", list, err)
 		}
+	}
+}
+
+// TestDiffExitCodes: a script can tell a difference from trouble.
+func TestDiffExitCodes(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{"a/f": "1", "b/f": "1", "c/f": "2"} {
+		if err := errors.Join(os.MkdirAll(filepath.Join(dir, filepath.Dir(name)), 0o755), os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		args []string
+		code int
+		said string
+	}{
+		{[]string{"--ignore=times", dir + "/a", dir + "/b"}, 0, ""},
+		{[]string{"--ignore=times", dir + "/a", dir + "/c"}, 1, "erofs-oci: the trees differ\n"},
+		{[]string{"--ignore=times", "--quiet", dir + "/a", dir + "/c"}, 1, ""},
+		{[]string{"--quiet", dir + "/a", dir + "/missing"}, 2, "missing"},
+		{[]string{"--quiet", dir + "/a", "127.0.0.1:1/x:y"}, 2, "127.0.0.1:1"},
+		{[]string{"--ignore=size", dir + "/a", dir + "/b"}, 2, "--ignore"},
+		{[]string{"--plain-http", "docker.io/library/a", "registry.example/b"}, 2, "are two"},
+		{[]string{"--creds-stdin", "docker.io/library/a", "registry.example/b"}, 2, ""},
+	} {
+		code, _, stderr := command(t, append([]string{"diff"}, c.args...)...)
+		if code != c.code || !strings.Contains(stderr, c.said) || c.said == "" && c.code == 1 && strings.Contains(stderr, "erofs-oci") {
+			t.Errorf("%q: %d, %s; want %d, %s", c.args, code, stderr, c.code, c.said)
+		}
+	}
+}
+
+// TestBuildRefusesWhatDoesNothing: an option that does not count for a source is a mistake.
+func TestBuildRefusesWhatDoesNothing(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "x.tar")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"--layer=3", "-o", dir + "/o", "-"}, {"--platform=linux/arm64", "-o", dir + "/o", "-"}, {"--layer=0", "-o", dir + "/o", dir},
+		{"--creds-stdin", "-o", dir + "/o", "-"}, {"--one-file-system", "-o", dir + "/o", file}, {"--one-file-system", "-o", dir + "/o", "x"},
+	} {
+		if code, _, stderr := command(t, append([]string{"build"}, args...)...); code != exitUsage {
+			t.Errorf("%q: %d, %s", args, code, stderr)
+		}
+	}
+	// The image is no part of itself, nor is the one that it replaces.
+	out := filepath.Join(dir, "o.erofs")
+	_, first, _ := command(t, "build", "-q", "-o", out, dir)
+	code, again, stderr := command(t, "build", "-q", "--overwrite", "--source-date-epoch=1", "-o", out, dir)
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	if code, third, _ := command(t, "build", "-q", "--overwrite", "--source-date-epoch=1", "-o", out, dir); code != 0 || third != again || first == "" {
+		t.Errorf("%d: %s, then %s", code, again, third)
 	}
 }

@@ -229,9 +229,9 @@ func kindOf(e *mkerofs.Entry) string {
 func (d *treeDiff) contents(a, b *mkerofs.Entry) (at int64, err error) {
 	var readers [2]io.ReadCloser
 	for i, e := range []*mkerofs.Entry{a, b} {
-		r, err := e.Open()
-		if err != nil {
-			return 0, fmt.Errorf("%s: %w", printable(a.Path), err)
+		r, openErr := e.Open()
+		if openErr != nil {
+			return 0, fmt.Errorf("%s: %w", printable(a.Path), openErr)
 		}
 		readers[i] = r
 		defer func() { err = errors.Join(err, r.Close()) }()

@@ -25,7 +25,7 @@ type dirTree struct {
 	// oneFS leaves out what other file systems have on directories below; these stay as empty directories.
 	oneFS bool
 	// except is left out: what is made of the tree may be in it.
-	except fileID
+	except []fileID
 }
 
 func openDirTree(dir string, oneFS bool) (*dirTree, error) {
@@ -150,7 +150,7 @@ func (w *dirWalk) visit(dir int, at, name string) error {
 	if err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return located(at, err)
 	}
-	if (fileID{st.Dev, st.Ino}) == w.except {
+	if slices.Contains(w.except, fileID{st.Dev, st.Ino}) {
 		return nil
 	}
 	e, err := w.entry(dir, at, name, &st)

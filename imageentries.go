@@ -13,8 +13,9 @@ import (
 	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
 )
 
-// imageEntries gives the files of an image, a directory before what is in it.
-func imageEntries(ctx context.Context, im *erofsfmt.Image) iter.Seq2[mkerofs.Entry, error] {
+// imageEntries gives the files of an image, a directory before what is in it. What they hold is read later, as long as
+// life lasts.
+func imageEntries(ctx, life context.Context, im *erofsfmt.Image) iter.Seq2[mkerofs.Entry, error] {
 	return func(yield func(mkerofs.Entry, error) bool) {
 		first := map[erofsfmt.Nid]string{} // of the files with more names than one, the first
 		err := walkPaths(ctx, im, nil, func(path string, ino *erofsfmt.Inode) error {
@@ -24,7 +25,7 @@ func imageEntries(ctx context.Context, im *erofsfmt.Image) iter.Seq2[mkerofs.Ent
 					first[ino.Nid] = path
 				}
 				var err error
-				if e, err = imageEntry(ctx, im, path, ino); err != nil {
+				if e, err = imageEntry(ctx, life, im, path, ino); err != nil {
 					return notThere(path, err)
 				}
 			}
@@ -39,7 +40,7 @@ func imageEntries(ctx context.Context, im *erofsfmt.Image) iter.Seq2[mkerofs.Ent
 	}
 }
 
-func imageEntry(ctx context.Context, im *erofsfmt.Image, path string, ino *erofsfmt.Inode) (mkerofs.Entry, error) {
+func imageEntry(ctx, life context.Context, im *erofsfmt.Image, path string, ino *erofsfmt.Inode) (mkerofs.Entry, error) {
 	e := mkerofs.Entry{
 		Path: path, Mode: ino.Mode, UID: ino.UID, GID: ino.GID, Mtime: time.Unix(ino.Mtime, int64(ino.MtimeNsec)),
 	}
@@ -48,7 +49,7 @@ func imageEntry(ctx context.Context, im *erofsfmt.Image, path string, ino *erofs
 	case unix.S_IFREG:
 		e.Size = ino.Size
 		of := *ino
-		e.Open = func() (io.ReadCloser, error) { return openFile(ctx, im, of), nil }
+		e.Open = func() (io.ReadCloser, error) { return openFile(life, im, of), nil }
 	case unix.S_IFLNK:
 		e.Target, err = im.Readlink(ctx, ino)
 	case unix.S_IFCHR, unix.S_IFBLK:

@@ -26,6 +26,7 @@ type imageTree struct {
 	alone   bool // there is one layer only
 	options treeOptions
 	files   []*scratchFile
+	life    context.Context // of the reads of files, which come after the layers did
 }
 
 // An imageLayer is a layer and what is known of it.
@@ -98,13 +99,15 @@ type fetching struct {
 
 // fill fetches the layers side by side and puts them on top of each other as they come.
 func (t *imageTree) fill(ctx context.Context, l *mkerofs.Layers) error {
-	return t.each(ctx, func(f *fetching) error { return t.apply(ctx, l, f) })
+	return t.each(ctx, func(ctx context.Context, f *fetching) error { return t.apply(ctx, l, f) })
 }
 
 // each fetches the layers side by side, and calls a function with one after the other, from the lowest, as they come.
-func (t *imageTree) each(ctx context.Context, do func(*fetching) error) (err error) {
+// The first that fails ends it all.
+func (t *imageTree) each(outer context.Context, do func(context.Context, *fetching) error) (err error) {
+	t.life = outer
+	group, ctx := errgroup.WithContext(outer)
 	ctx, cancel := context.WithCancel(ctx)
-	group := new(errgroup.Group)
 	group.SetLimit(layersAtATime)
 	all := make([]*fetching, len(t.layers))
 	for i, layer := range t.layers {
@@ -122,10 +125,13 @@ func (t *imageTree) each(ctx context.Context, do func(*fetching) error) (err err
 		}
 	}()
 	defer func() {
+		failed := ctx.Err() != nil // one of the layers did, or the user has enough
 		cancel()
 		<-started
-		// The first error is the one that ended it; the others say that they were canceled.
-		_ = group.Wait()
+		first := group.Wait()
+		if err != nil && failed && outer.Err() == nil {
+			err = first // what came after it says only that it was canceled
+		}
 		for _, f := range all {
 			if f.file != nil {
 				t.files = append(t.files, f.file)
@@ -137,7 +143,7 @@ func (t *imageTree) each(ctx context.Context, do func(*fetching) error) (err err
 		if f.err != nil {
 			return f.err
 		}
-		if err := do(f); err != nil {
+		if err := do(ctx, f); err != nil {
 			return err
 		}
 	}
@@ -164,21 +170,21 @@ func copyLayer(ctx context.Context, s registry.Store, layer imageLayer, to *scra
 		return err
 	}
 	defer func() { err = errors.Join(err, blob.Close()) }()
-	r, err := tarlayer.Open(io.TeeReader(blob, step), layer.Descriptor, layer.diffID)
+	r, err := tarlayer.Open(io.TeeReader(ctxReader{ctx, blob}, step), layer.Descriptor, layer.diffID)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	_, err = to.ReadFrom(r)
+	_, err = to.ReadFrom(ctxReader{ctx, r})
 	return err
 }
 
 // shortDigest is as much of a digest as people compare.
 func shortDigest(d digest.Digest) string {
-	if hex := d.Encoded(); len(hex) > 12 {
-		return hex[:12]
+	if d.Validate() != nil {
+		return printable(d.String())
 	}
-	return d.String()
+	return d.Encoded()[:12]
 }
 
 // apply puts a fetched layer on top of the others.
@@ -201,7 +207,7 @@ func (t *imageTree) applyTo(ctx context.Context, l *mkerofs.Layers, f *fetching)
 	if !t.alone {
 		form = mkerofs.WhiteoutsOverlay
 	}
-	return l.ApplyEntries(ctx, imageEntries(ctx, im), form)
+	return l.ApplyEntries(ctx, imageEntries(ctx, t.life, im), form)
 }
 
 func (t *imageTree) Close() error {

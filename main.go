@@ -56,6 +56,9 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		err = errors.New("interrupted")
 	}
 	code := exitCode(err)
+	if errors.As(err, new(errSilent)) {
+		return code
+	}
 	if child != nil && !p.reported {
 		// The one who started us prints the line.
 		if child.Fail(errors.New(oneLine(err)), code) == nil {
@@ -122,6 +125,16 @@ type errUsage struct{ error }
 
 func (e errUsage) Unwrap() error { return e.error }
 
+// errTrouble marks what kept diff from telling whether two trees differ: it ends as diff(1) and cmp(1) do.
+type errTrouble struct{ error }
+
+func (e errTrouble) Unwrap() error { return e.error }
+
+// errSilent marks an error of which the exit code says enough.
+type errSilent struct{ error }
+
+func (e errSilent) Unwrap() error { return e.error }
+
 func usagef(format string, args ...any) error { return errUsage{fmt.Errorf(format, args...)} }
 
 func usageError(c *cli.Context, err error, _ bool) error {
@@ -137,7 +150,7 @@ func commandName(c *cli.Context) string {
 
 func exitCode(err error) int {
 	var usage errUsage
-	if errors.As(err, &usage) {
+	if errors.As(err, &usage) || errors.As(err, new(errTrouble)) {
 		return exitUsage
 	}
 	var wrong *wrongError

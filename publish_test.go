@@ -160,8 +160,7 @@ func TestChangeHistory(t *testing.T) {
 			`{"created_by":"erofs-oci convert --squash","comment":"all 2 layers in one"}]`},
 	} {
 		config := document{"history": json.RawMessage(history)}
-		v := &converter{squash: c.squash}
-		if err := v.changeHistory(config, c.layers); err != nil || string(config["history"]) != c.want {
+		if err := changeHistory(config, c.layers, c.squash); err != nil || string(config["history"]) != c.want {
 			t.Errorf("%+v: %s, %v", c, config["history"], err)
 		}
 	}

@@ -134,8 +134,8 @@ type tree interface {
 type treeOptions struct {
 	selector registry.Selector // of an image
 	client   registry.Options
-	oneFS    bool   // of a directory
-	output   fileID // is no part of one, though it may be there
+	oneFS    bool     // of a directory
+	output   []fileID // are no part of one, though they may be there: what is made, and what it replaces
 	stdin    io.Reader
 	scratch  *scratch
 	steps    *steps
@@ -143,6 +143,9 @@ type treeOptions struct {
 
 // openTree opens what at names.
 func openTree(ctx context.Context, at place, o treeOptions) (tree, error) {
+	if of := at.kind == inPath || at.kind == inStdin; of && (o.selector.Layer != nil || o.selector.Platform != "") {
+		return nil, usagef("--layer and --platform choose in a container image, and %s is none", at.typed)
+	}
 	switch at.kind {
 	case inPath:
 		return openPathTree(ctx, at, o)
@@ -161,9 +164,6 @@ func openTree(ctx context.Context, at place, o treeOptions) (tree, error) {
 }
 
 func openPathTree(ctx context.Context, at place, o treeOptions) (tree, error) {
-	if o.selector.Layer != nil || o.selector.Platform != "" {
-		return nil, usagef("--layer and --platform choose in a container image, and %s is a path", at.path)
-	}
 	st, err := os.Stat(at.path)
 	if err != nil {
 		return nil, err
@@ -204,9 +204,9 @@ type tarTree struct {
 func (t *tarTree) fill(ctx context.Context, l *mkerofs.Layers) (err error) {
 	r := t.r
 	if f, ok := r.(*os.File); ok && t.file == nil {
-		in, err := newInput(ctx, f)
-		if err != nil {
-			return err
+		in, openErr := newInput(ctx, f)
+		if openErr != nil {
+			return openErr
 		}
 		defer func() { err = errors.Join(err, in.Close()) }()
 		r = in
@@ -251,7 +251,7 @@ type erofsTree struct {
 }
 
 func (t *erofsTree) fill(ctx context.Context, l *mkerofs.Layers) error {
-	return l.ApplyEntries(ctx, imageEntries(ctx, t.im), mkerofs.WhiteoutsNone)
+	return l.ApplyEntries(ctx, imageEntries(ctx, ctx, t.im), mkerofs.WhiteoutsNone)
 }
 
 func (t *erofsTree) Close() error { return t.source.Close() }
