@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -59,8 +60,7 @@ func lockUpper(dir, image string) (_ *upperDir, err error) {
 			err = errors.Join(err, u.close())
 		}
 	}()
-	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
-	err = unix.FcntlFlock(u.lock.Fd(), unix.F_OFD_SETLK, &lock)
+	err = lockSoon(u.lock)
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 		return nil, fmt.Errorf("overlay: another mount keeps in %s what is written to it; choose another directory", dir)
 	}
@@ -68,6 +68,22 @@ func lockUpper(dir, image string) (_ *upperDir, err error) {
 		return nil, &fs.PathError{Op: "lock", Path: u.lock.Name(), Err: err}
 	}
 	return u, u.check()
+}
+
+// upperPatience is for a mount that is just ending, and for a program that another thread is just starting: until that
+// has begun, it holds every lock that this process had a moment ago.
+const upperPatience = 500 * time.Millisecond
+
+// lockSoon locks a file that is free or soon will be. No wait for a lock can be given up, so this asks again and again.
+func lockSoon(f *os.File) error {
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+	for begun, pause := time.Now(), time.Millisecond; ; pause *= 2 {
+		err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock)
+		if locked := errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES); !locked || time.Since(begun) > upperPatience {
+			return err
+		}
+		time.Sleep(pause)
+	}
 }
 
 // close lets go of the directory.
