@@ -137,7 +137,7 @@ func TestPowerFailure(t *testing.T) {
 			t.Errorf("seed %d: nothing was lost", seed)
 		}
 	}
-	if discarded < 20 || kept < 200 {
+	if discarded < int(seeds)*5/2 || kept < int64(seeds)*25 {
 		t.Errorf("%d chunks were left, %d of them damaged: the test shows nothing", kept, discarded)
 	}
 }
