@@ -88,6 +88,9 @@ type Options struct {
 	Compression Compression
 	Workers     int    // that compress, at most 8; as many as there are processors if zero. The image is the same
 	TempDir     string // where compressed data waits for the metadata, as much as there is of it; os.TempDir() if empty
+	// TempLimit is how many bytes the temporary files of this builder and of its Layers may have together, holes not
+	// counted; 0 is no limit. More ends in ErrTempLimit.
+	TempLimit int64
 	// Progress, if there is one, is told by Finish how many files with data were consumed so far, and how many bytes of
 	// them: in the middle of large files, too. It is not called by two goroutines at once, and holds Finish up.
 	Progress func(files, bytes int64)
@@ -149,6 +152,7 @@ type Builder struct {
 	prefixes  []xattrPrefix
 	stats     Stats    // when it is finished
 	progress  progress // while it is being finished
+	temp      tempRoom
 }
 
 const defaultBlockSize = 4096
@@ -184,7 +188,10 @@ func New(w io.WriterAt, o Options) (*Builder, error) {
 	if o.Workers < 0 || o.Workers > maxWorkers {
 		return nil, fmt.Errorf("%d workers: must be from 0 to %d", o.Workers, maxWorkers)
 	}
-	b := &Builder{w: w, options: o, blockBits: blockBits, prefixes: prefixes}
+	if o.TempLimit < 0 {
+		return nil, fmt.Errorf("limit of %d bytes for temporary files: must not be negative", o.TempLimit)
+	}
+	b := &Builder{w: w, options: o, blockBits: blockBits, prefixes: prefixes, temp: tempRoom{limit: o.TempLimit}}
 	b.root = impliedDir()
 	return b, nil
 }

@@ -63,7 +63,7 @@ const (
 
 // NewLayers prepares b for layers. What was added to b before is below them.
 func NewLayers(b *Builder, o LayerOptions) (*Layers, error) {
-	data, err := newSpool(b.options.TempDir)
+	data, err := b.newSpool()
 	if err != nil {
 		return nil, err
 	}
