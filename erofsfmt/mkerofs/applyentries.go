@@ -41,7 +41,7 @@ func (l *Layers) ApplyEntries(ctx context.Context, entries iter.Seq2[Entry, erro
 			return fmt.Errorf("%.300q: %w", e.Path, err)
 		}
 	}
-	return l.end()
+	return l.whiteOut()
 }
 
 // Attributes of overlayfs (fs/overlayfs/overlayfs.h, Documentation/filesystems/overlayfs.rst).
@@ -93,7 +93,7 @@ func (l *Layers) whiteoutLink(e *Entry, path []string, whiteout bool) bool {
 		return false
 	}
 	if e.Link != "" {
-		target, err := tarPath(e.Link)
+		target, err := linkPath(e.Link)
 		whiteout = err == nil && l.hidden[strings.Join(target, "/")]
 	}
 	if whiteout {
@@ -103,31 +103,4 @@ func (l *Layers) whiteoutLink(e *Entry, path []string, whiteout bool) bool {
 		l.hidden[strings.Join(path, "/")] = true
 	}
 	return whiteout
-}
-
-// keepWhiteout says what a whiteout does in the words of overlayfs.
-func (l *Layers) keepWhiteout(w whiteout) error {
-	opaque := w.dir
-	if w.name != "" {
-		n := w.dir.children[w.name]
-		switch {
-		case n == nil:
-			l.place(w.dir, w.name, &node{Entry: Entry{Path: w.name, Mode: ModeChar, Mtime: w.dir.Mtime}})
-			return nil
-		case n.children == nil:
-			return nil // it hides what is below
-		}
-		opaque = n
-	}
-	attrs, err := l.b.splitXattrs(map[string][]byte{overlayOpaque: []byte("y")})
-	if err != nil {
-		return err
-	}
-	for _, x := range opaque.attrs {
-		if x.xattrPrefix == attrs[0].xattrPrefix && x.suffix == attrs[0].suffix {
-			return nil
-		}
-	}
-	opaque.attrs = append(opaque.attrs, attrs...)
-	return nil
 }

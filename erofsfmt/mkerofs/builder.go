@@ -12,8 +12,9 @@
 //
 // All metadata lies together at the front, so that listing a tree reads one run of bytes. What a file holds is asked
 // for in Finish, in the order of the disk, and passes through: memory is needed for the tree, 8 bytes for each pcluster,
-// and for the segments on their way, 4 MiB each. The superblock is written last, so that a build that broke off is no
-// image.
+// and for the segments on their way, 4 MiB each. That for the tree grows with the entries and the directories that they
+// imply, some hundred bytes each, without a limit of its own: of archives that nobody vouches for,
+// LayerOptions.MaxEntries sets one. The superblock is written last, so that a build that broke off is no image.
 //
 // How large the index of a compressed file is, is known when it was compressed: compressed data waits in a temporary
 // file (Options.TempDir) for the metadata to be written, as much as the image will have. Images without compression
@@ -79,7 +80,8 @@ type Options struct {
 	// MetadataOnly leaves the data of all files out, for tests and for measuring: they keep their sizes and read as
 	// zeros, which are holes. Entry.Open is not called. An image for users must not be made so.
 	MetadataOnly bool
-	// SourceDateEpoch, where it is not zero, takes the place of all later times.
+	// SourceDateEpoch, where it is not zero, takes the place of all later times, of what is taken from LayerOptions.Lower
+	// too.
 	SourceDateEpoch time.Time
 	// Order are paths of files whose data is to lie before that of all others, in this order: those that will be read
 	// first. What is no file of the tree is passed over.
@@ -88,6 +90,9 @@ type Options struct {
 	Compression Compression
 	Workers     int    // that compress, at most 8; as many as there are processors if zero. The image is the same
 	TempDir     string // where compressed data waits for the metadata, as much as there is of it; os.TempDir() if empty
+	// TempLimit is how many bytes the temporary files of this builder and of its Layers may have together, holes not
+	// counted; 0 is no limit. More ends in ErrTempLimit.
+	TempLimit int64
 	// Progress, if there is one, is told by Finish how many files with data were consumed so far, and how many bytes of
 	// them: in the middle of large files, too. It is not called by two goroutines at once, and holds Finish up.
 	Progress func(files, bytes int64)
@@ -149,6 +154,7 @@ type Builder struct {
 	prefixes  []xattrPrefix
 	stats     Stats    // when it is finished
 	progress  progress // while it is being finished
+	temp      tempRoom
 }
 
 const defaultBlockSize = 4096
@@ -184,14 +190,30 @@ func New(w io.WriterAt, o Options) (*Builder, error) {
 	if o.Workers < 0 || o.Workers > maxWorkers {
 		return nil, fmt.Errorf("%d workers: must be from 0 to %d", o.Workers, maxWorkers)
 	}
-	b := &Builder{w: w, options: o, blockBits: blockBits, prefixes: prefixes}
-	b.root = impliedDir()
+	if o.TempLimit < 0 {
+		return nil, fmt.Errorf("limit of %d bytes for temporary files: must not be negative", o.TempLimit)
+	}
+	b := &Builder{w: w, options: o, blockBits: blockBits, prefixes: prefixes, temp: tempRoom{limit: o.TempLimit}}
+	b.root = b.impliedDir()
 	return b, nil
 }
 
 // impliedDir is a directory that nothing has been said of: the root, or the parent of an entry.
-func impliedDir() *node {
-	return &node{Entry: Entry{Mode: ModeDir | 0o755, Mtime: time.Unix(0, 0)}, children: make(map[string]*node)}
+func (b *Builder) impliedDir() *node {
+	n := b.makeNode(Entry{Mode: ModeDir | 0o755, Mtime: time.Unix(0, 0)}, nil)
+	n.children = make(map[string]*node)
+	return n
+}
+
+// makeNode makes a node of e, which was checked, and of its attributes. Every node that has a name comes from here, so
+// that no time is later than SourceDateEpoch.
+func (b *Builder) makeNode(e Entry, attrs []xattr) *node {
+	n := &node{Entry: e, attrs: attrs}
+	n.Xattrs = nil // attrs are these
+	if limit := b.options.SourceDateEpoch; !limit.IsZero() && n.Mtime.After(limit) {
+		n.Mtime = limit
+	}
+	return n
 }
 
 // Add puts e into the tree. Directories on its way that are missing are made, with mode 0755, owner 0 and time 0,
@@ -248,11 +270,7 @@ func (b *Builder) newNode(e Entry) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &node{Entry: e, attrs: attrs}
-	n.Xattrs = nil // attrs are these
-	if limit := b.options.SourceDateEpoch; !limit.IsZero() && n.Mtime.After(limit) {
-		n.Mtime = limit
-	}
+	n := b.makeNode(e, attrs)
 	switch e.Mode & ModeType {
 	case ModeDir:
 		n.children = make(map[string]*node)
@@ -289,7 +307,7 @@ func (b *Builder) mkdirAll(path []string) (*node, error) {
 	for i, name := range path {
 		next := dir.children[name]
 		if next == nil {
-			next = impliedDir()
+			next = b.impliedDir()
 			dir.children[name] = next
 		}
 		if next.children == nil {
@@ -300,10 +318,24 @@ func (b *Builder) mkdirAll(path []string) (*node, error) {
 	return dir, nil
 }
 
+// maxPath is how long a path may be, as Linux has it, and so how deep a tree: nobody could open what is deeper by its
+// path, and an archive of a few bytes could name a directory for every second one of them.
+const maxPath = 4096
+
+func checkLength(n int) error {
+	if n > maxPath {
+		return fmt.Errorf("path of %d bytes: longer than %d; move what is there nearer to the root", n, maxPath)
+	}
+	return nil
+}
+
 // splitPath takes a path apart and refuses whatever could leave the tree or has no place in a directory.
 func splitPath(path string) ([]string, error) {
 	if path == "." {
 		return nil, nil
+	}
+	if err := checkLength(len(path)); err != nil {
+		return nil, err
 	}
 	names := strings.Split(path, "/")
 	for _, name := range names {

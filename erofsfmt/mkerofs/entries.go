@@ -12,7 +12,7 @@ import (
 func (b *Builder) Entries() iter.Seq[Entry] {
 	return func(yield func(Entry) bool) {
 		walk := entryWalk{yield: yield, first: make(map[*node]string)}
-		walk.visit(b.root, ".", "")
+		walk.visit(b.root, ".")
 	}
 }
 
@@ -21,8 +21,9 @@ type entryWalk struct {
 	first map[*node]string // the first name of what may have more
 }
 
-// visit gives n and what is below it, in which paths begin with prefix. It says whether more is wanted.
-func (w *entryWalk) visit(n *node, path, prefix string) bool {
+// visit gives n and what is below it. It says whether more is wanted. That it calls itself, and makes a path for each
+// entry, takes no more than maxPath has room for.
+func (w *entryWalk) visit(n *node, path string) bool {
 	if n.children == nil {
 		if link, ok := w.first[n]; ok {
 			return w.yield(Entry{Path: path, Link: link})
@@ -33,9 +34,12 @@ func (w *entryWalk) visit(n *node, path, prefix string) bool {
 	if !w.yield(n.entry(path)) {
 		return false
 	}
+	prefix := ""
+	if path != "." {
+		prefix = path + "/"
+	}
 	for _, name := range slices.Sorted(maps.Keys(n.children)) {
-		child := prefix + name
-		if !w.visit(n.children[name], child, child+"/") {
+		if !w.visit(n.children[name], prefix+name) {
 			return false
 		}
 	}

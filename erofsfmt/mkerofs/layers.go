@@ -22,6 +22,9 @@ type LayerOptions struct {
 	Lower *Builder
 	// MaxBytes is how much data files may have in all layers together; 0 is no limit. Not more is spooled.
 	MaxBytes int64
+	// MaxEntries is how many entries all layers may have together, whiteouts and the directories that are implied among
+	// them; 0 is no limit. Memory grows with them.
+	MaxEntries int64
 	// Warn is told what of an entry has no place in EROFS and is left out.
 	Warn func(path, what string)
 }
@@ -29,41 +32,37 @@ type LayerOptions struct {
 // ErrTooMuch is the error of a layer that has more data than LayerOptions.MaxBytes leaves room for.
 var ErrTooMuch = errors.New("all files together have more")
 
+// ErrTooMany is the error of layers with more entries than LayerOptions.MaxEntries.
+var ErrTooMany = errors.New("all layers together have more entries")
+
 // Layers put the layers of a container image into a Builder, one over the other: tar archives
 // (https://github.com/opencontainers/image-spec/blob/main/layer.md), and, with ApplyEntries, trees.
 //
 // An entry takes the place of what is at its path, in this layer or a lower one; directories are merged. ".wh.NAME"
 // removes NAME and ".wh..wh..opq" everything in its directory, of lower layers only, wherever in the layer they stand.
+// An entry whose path goes through what an earlier whiteout of its layer removes finds nothing there: no link is
+// followed, and the directories on the way are new ones.
 //
 // Paths go through symbolic links of the image as they do in a running container, so an absolute target begins at the
-// image's root. A path with "..", an absolute one, and a link that leads above the root are refused.
+// image's root, and so does an absolute target of a hard link. A path with "..", an absolute one, one that is longer than
+// 4096 bytes where it leads to, and a link that leads above the root are refused. "/" is the root, as "." is.
 type Layers struct {
-	b     *Builder
-	o     LayerOptions
-	data  *spool
-	bytes int64
-	layer int32 // the number of the current one, from 1
+	b       *Builder
+	o       LayerOptions
+	data    *spool
+	bytes   int64
+	entries int64 // so far
+	layer   int32 // the number of the current one, from 1
 
-	whiteouts []whiteout
-	hidden    map[string]bool // paths of the current layer's whiteouts, where hard links may be others
+	// Of the current layer:
+	removed removed
+	hidden  map[string]bool  // paths of whiteouts, where hard links may be others
+	plinks  map[string]*node // files in a directory of aufs, which hard links are to
 }
-
-// A whiteout waits for the end of its layer.
-type whiteout struct {
-	dir   *node
-	name  string // "" for all of dir
-	below *node  // what the layers below have in the place of dir, where that is known
-}
-
-const (
-	whiteoutPrefix = ".wh."
-	whiteoutOpaque = ".wh..wh..opq"
-	whiteoutOther  = ".wh..wh." // of aufs itself, which means nothing here
-)
 
 // NewLayers prepares b for layers. What was added to b before is below them.
 func NewLayers(b *Builder, o LayerOptions) (*Layers, error) {
-	data, err := newSpool(b.options.TempDir)
+	data, err := b.newSpool()
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +117,7 @@ func (l *Layers) apply(r io.Reader, pos *position, at io.ReaderAt) error {
 	for tr := tar.NewReader(r); ; {
 		h, err := tr.Next()
 		if err == io.EOF {
-			return l.end()
+			return l.whiteOut()
 		}
 		if err != nil {
 			return fmt.Errorf("at byte %d: %w", pos.off, err)
@@ -139,21 +138,19 @@ func (l *Layers) begin() error {
 		return errors.New("the image is finished")
 	}
 	l.layer++
-	l.whiteouts, l.hidden = nil, nil
+	l.removed, l.hidden, l.plinks = removed{}, nil, nil
 	if lower := l.below(); lower != nil && l.layer == 1 {
-		root := missingDir(lower)
+		root := l.missingDir(lower)
 		root.children, root.layers = l.b.root.children, l.b.root.layers
 		l.b.root = root
 	}
 	return nil
 }
 
-// end does what the whiteouts of the layer say.
-func (l *Layers) end() error {
-	for _, w := range l.whiteouts {
-		if err := l.whiteOut(w); err != nil {
-			return err
-		}
+// more counts an entry.
+func (l *Layers) more() error {
+	if l.entries++; l.o.MaxEntries > 0 && l.entries > l.o.MaxEntries {
+		return fmt.Errorf("%w than %d", ErrTooMany, l.o.MaxEntries)
 	}
 	return nil
 }
@@ -162,26 +159,28 @@ func (l *Layers) end() error {
 // its name.
 func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)) error {
 	path, err := tarPath(name)
+	if err == nil {
+		err = l.more()
+	}
 	if err != nil {
 		return err
 	}
-	var at spot // the directory of the entry; none for the root
-	base := ""
-	if len(path) > 0 {
-		base = path[len(path)-1]
-		if at, err = l.way(path[:len(path)-1], true); err != nil {
-			var file *notDirError
-			if form == WhiteoutsOCI && strings.HasPrefix(base, whiteoutPrefix) && errors.As(err, &file) {
-				// Something took the place of the directory. Tools say of each file in it that it is gone, too.
-				return nil
-			}
+	if form == WhiteoutsOCI {
+		if is, err := l.aufs(path, get); is || err != nil {
 			return err
 		}
 	}
-	if form == WhiteoutsOCI {
-		if is, err := l.namedWhiteout(at, base); is || err != nil {
-			return err
+	at, base, mark, err := l.find(path, form)
+	if err != nil {
+		var file *notDirError
+		if mark && errors.As(err, &file) {
+			// Something took the place of the directory. Tools say of each file in it that it is gone, too.
+			return nil
 		}
+		return err
+	}
+	if mark {
+		return l.remove(at, base)
 	}
 	e, err := get()
 	if err != nil {
@@ -193,7 +192,9 @@ func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)
 			return err
 		}
 		if l.whiteoutLink(&e, path, marks.whiteout) {
-			l.whiteouts = append(l.whiteouts, whiteout{at.dir, base, at.below})
+			if !at.gone {
+				l.removed.of(at).names[base] = true
+			}
 			return nil
 		}
 	}
@@ -203,26 +204,26 @@ func (l *Layers) entry(name string, form WhiteoutForm, get func() (Entry, error)
 		if at.dir != nil {
 			below = at.below.has(base)
 		}
-		l.whiteouts = append(l.whiteouts, whiteout{n, "", below})
+		l.removed.of(spot{dir: n, below: below}).opaque = true
 	}
 	return err
 }
 
-// namedWhiteout remembers the whiteout that a name is.
-func (l *Layers) namedWhiteout(at spot, name string) (is bool, err error) {
-	switch hidden, ok := strings.CutPrefix(name, whiteoutPrefix); {
-	case name == whiteoutOpaque:
-		l.whiteouts = append(l.whiteouts, whiteout{at.dir, "", at.below})
-		return true, nil
-	case strings.HasPrefix(name, whiteoutOther):
-		return true, nil
-	case ok && (hidden == "" || hidden == "." || hidden == ".."):
-		return true, fmt.Errorf("whiteout of %q, which is no name", hidden)
-	case ok:
-		l.whiteouts = append(l.whiteouts, whiteout{at.dir, hidden, at.below})
-		return true, nil
+// find gives the directory of an entry, or none for the root, and whether the entry is a whiteout by its name.
+func (l *Layers) find(path []string, form WhiteoutForm) (at spot, base string, mark bool, err error) {
+	if len(path) == 0 {
+		return spot{}, "", false, nil
 	}
-	return false, nil
+	base = path[len(path)-1]
+	mark = form == WhiteoutsOCI && strings.HasPrefix(base, whiteoutPrefix)
+	why := toPut
+	if mark {
+		why = toRemove
+	}
+	if at, err = l.way(path[:len(path)-1], why); err == nil {
+		err = checkLength(at.length + len(base))
+	}
+	return at, base, mark, err
 }
 
 // put makes e what dir has by that name; without a dir, the root.
@@ -248,12 +249,7 @@ func (l *Layers) put(dir *node, name string, e Entry) (*node, error) {
 	}
 	if old != nil && old.children != nil && n.children != nil {
 		n.children, n.layers = old.children, old.layers
-		// Whiteouts in the directory are those of the one that takes its place.
-		for i := range l.whiteouts {
-			if l.whiteouts[i].dir == old {
-				l.whiteouts[i].dir = n
-			}
-		}
+		l.removed.move(old, n)
 	}
 	if dir == nil {
 		l.b.root = n
@@ -292,21 +288,24 @@ func (l *Layers) place(dir *node, name string, n *node) {
 
 // linked is what a hard link is another name of.
 func (l *Layers) linked(target string) (*node, error) {
-	path, err := tarPath(target)
+	path, err := linkPath(target)
 	if err != nil {
 		return nil, fmt.Errorf("hard link: %w", err)
 	}
 	if len(path) == 0 {
 		return nil, errors.New("hard link to the root")
 	}
+	if len(path) == 2 && path[0] == aufsLinks && l.plinks[path[1]] != nil {
+		return l.plinks[path[1]], nil
+	}
 	if n, err := l.copyUp(path); n != nil || err != nil {
 		return n, err
 	}
-	dir, err := l.enter(path[:len(path)-1], false)
+	at, err := l.way(path[:len(path)-1], toLook)
 	if err != nil {
 		return nil, fmt.Errorf("hard link to %q: %w", target, err)
 	}
-	n := dir.children[path[len(path)-1]]
+	n := at.dir.has(path[len(path)-1])
 	switch {
 	case n == nil:
 		return nil, fmt.Errorf("hard link to %q, which is not there", target)
@@ -316,123 +315,20 @@ func (l *Layers) linked(target string) (*node, error) {
 	return n, nil
 }
 
-// tarPath takes the path of an entry apart. "./a/" is "a"; the root is empty.
+// tarPath takes the path of an entry apart. "./a/" is "a"; the root, which some tools call "/", is empty.
 func tarPath(path string) ([]string, error) {
-	if strings.HasPrefix(path, "/") {
-		return nil, fmt.Errorf("path %.300q: is absolute", path)
+	if err := checkLength(len(path)); err != nil {
+		return nil, err
 	}
 	names := slices.DeleteFunc(strings.Split(path, "/"), func(s string) bool { return s == "" || s == "." })
 	if len(names) == 0 {
 		return nil, nil
 	}
+	if strings.HasPrefix(path, "/") {
+		return nil, fmt.Errorf("path %.300q: is absolute; make the archive with names relative to the root, as tar -C does", path)
+	}
 	return splitPath(strings.Join(names, "/"))
 }
 
-// A notDirError is that of a path which leads through something that is no directory.
-type notDirError struct{ name string }
-
-func (e *notDirError) Error() string { return fmt.Sprintf("%q on the way is not a directory", e.name) }
-
-// maxLinks is how many symbolic links a path may go through, as in Linux.
-const maxLinks = 40
-
-// enter goes down a path of directories, from the root, through symbolic links. What is missing is made, if it may be.
-func (l *Layers) enter(path []string, create bool) (*node, error) {
-	at, err := l.way(path, create)
-	if err == nil && at.dir == nil {
-		err = fmt.Errorf("%q is not there", strings.Join(path, "/"))
-	}
-	return at.dir, err
-}
-
-// way is enter for what is also of the layers below.
-func (l *Layers) way(path []string, create bool) (spot, error) {
-	trail := []spot{{l.b.root, l.below()}}
-	for links := 0; len(path) > 0; {
-		name := path[0]
-		path = path[1:]
-		switch name {
-		case "", ".":
-			continue
-		case "..": // of a link's target
-			if len(trail) == 1 {
-				return spot{}, errors.New("a symbolic link on the way leads above the root")
-			}
-			trail = trail[:len(trail)-1]
-			continue
-		}
-		here := trail[len(trail)-1]
-		next := spot{here.dir.has(name), here.below.has(name)}
-		link := next.link()
-		switch {
-		case link != nil:
-			if links++; links > maxLinks {
-				return spot{}, fmt.Errorf("more than %d symbolic links on the way", maxLinks)
-			}
-			if strings.HasPrefix(link.Target, "/") {
-				trail = trail[:1]
-			}
-			path = append(strings.Split(link.Target, "/"), path...)
-			continue
-		case next.dir == nil && !create && next.below.isDir():
-		case next.dir == nil && next.below != nil && !next.below.isDir():
-			return spot{}, &notDirError{name}
-		case next.dir == nil && !create:
-			return spot{}, fmt.Errorf("%q is not there", name)
-		case next.dir == nil:
-			if _, err := splitPath(name); err != nil { // of a link's target
-				return spot{}, err
-			}
-			next.dir = missingDir(next.below)
-			l.place(here.dir, name, next.dir)
-		case next.dir.children == nil:
-			return spot{}, &notDirError{name}
-		}
-		trail = append(trail, next)
-	}
-	return trail[len(trail)-1], nil
-}
-
-// hides says that the layers below have something that w takes away. overlayfs lists a mark that hides nothing.
-func (w *whiteout) hides() bool {
-	if w.name == "" {
-		return w.below.isDir()
-	}
-	return w.below.has(w.name) != nil
-}
-
-// whiteOut does what a whiteout says, when all else of its layer is there.
-func (l *Layers) whiteOut(w whiteout) error {
-	if l.o.Overlay {
-		if l.below() != nil && !w.hides() {
-			return nil
-		}
-		return l.keepWhiteout(w)
-	}
-	if w.name == "" {
-		l.prune(w.dir)
-		return nil
-	}
-	l.pruneName(w.dir, w.name)
-	return nil
-}
-
-// prune removes from a directory what is of lower layers. What this layer put deeper below keeps its directories.
-func (l *Layers) prune(dir *node) {
-	for _, name := range slices.Sorted(maps.Keys(dir.children)) {
-		l.pruneName(dir, name)
-	}
-}
-
-func (l *Layers) pruneName(dir *node, name string) {
-	n := dir.children[name]
-	if n == nil {
-		return
-	}
-	if n.children != nil {
-		l.prune(n)
-	}
-	if dir.layers[name] != l.layer && len(n.children) == 0 {
-		delete(dir.children, name)
-	}
-}
+// linkPath is tarPath for the target of a hard link. An absolute one begins at the image's root.
+func linkPath(target string) ([]string, error) { return tarPath(strings.TrimLeft(target, "/")) }

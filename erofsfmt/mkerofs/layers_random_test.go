@@ -175,7 +175,7 @@ func (l *modelLayer) reach(p string, lower view) bool {
 		switch at := l.now(d, lower); {
 		case at != nil && at.kind != '/' && l.own[d] != nil:
 			return false
-		case at != nil && at.kind != '/':
+		case at != nil && at.kind != '/' && !l.removed(d): // through what was removed before, the way is free
 			l.archive = append(l.archive, d+"/")
 		}
 		if l.own[d] == nil {
@@ -183,6 +183,11 @@ func (l *modelLayer) reach(p string, lower view) bool {
 		}
 	}
 	return true
+}
+
+// removed says that whiteouts so far remove p of the layers below.
+func (l *modelLayer) removed(p string) bool {
+	return l.gone[p] || l.opaque["."] || slices.ContainsFunc(above(p), func(d string) bool { return l.gone[d] || l.opaque[d] })
 }
 
 // put adds an entry, unless the archive has another kind of it already: what comes of that depends on who unpacks.

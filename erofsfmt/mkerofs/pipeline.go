@@ -51,10 +51,10 @@ type spools struct {
 	tails  *spool // of both
 }
 
-func newSpools(dir string) (s *spools, err error) {
+func (b *Builder) newSpools() (s *spools, err error) {
 	s = &spools{}
 	for _, p := range []**spool{&s.data, &s.packed, &s.tails} {
-		if *p, err = newSpool(dir); err != nil {
+		if *p, err = b.newSpool(); err != nil {
 			return nil, errors.Join(err, s.Close())
 		}
 	}
@@ -78,7 +78,7 @@ func (b *Builder) workers() int {
 
 // compress reads all files and leaves what they become in spools.
 func (b *Builder) compress(ctx context.Context, files []*node) (_ *spools, err error) {
-	s, err := newSpools(b.options.TempDir)
+	s, err := b.newSpools()
 	if err != nil {
 		return nil, err
 	}

@@ -11,26 +11,55 @@ import (
 	"sync/atomic"
 )
 
+// ErrTempLimit is the error of temporary files that would have more than Options.TempLimit.
+var ErrTempLimit = errors.New("no room for temporary files")
+
+// tempRoom is what all spools of a builder share. One goroutine at a time writes to them: those of Layers before
+// Finish, the others in it.
+type tempRoom struct{ limit, used int64 }
+
+func (r *tempRoom) take(n int) error {
+	if r.limit > 0 && int64(n) > r.limit-r.used {
+		return fmt.Errorf("%w: they have %d bytes, and %d more would be above the limit of %d", ErrTempLimit, r.used, n, r.limit)
+	}
+	r.used += int64(n)
+	return nil
+}
+
 // A spool holds what cannot be written yet, in a temporary file without a name.
 type spool struct {
 	f    *os.File
 	w    *bufio.Writer
 	size int64
+	room *tempRoom
+	held int64 // bytes of room: size without the holes
 }
 
-func newSpool(dir string) (*spool, error) {
-	f, err := os.CreateTemp(dir, "erofs-build-*")
+func (b *Builder) newSpool() (*spool, error) {
+	f, err := os.CreateTemp(b.options.TempDir, "erofs-build-*")
 	if err != nil {
 		return nil, fmt.Errorf("make a temporary file: %w", err)
 	}
 	// The file goes with its last user, however that ends.
 	if err := os.Remove(f.Name()); err != nil {
-		return nil, fmt.Errorf("unlink the temporary file: %w", err)
+		return nil, errors.Join(fmt.Errorf("unlink the temporary file: %w", err), f.Close())
 	}
-	return &spool{f: f, w: bufio.NewWriterSize(f, 256<<10)}, nil
+	return &spool{f: f, w: bufio.NewWriterSize(f, 256<<10), room: &b.temp}, nil
+}
+
+// take is called before n bytes are written.
+func (s *spool) take(n int) error {
+	if err := s.room.take(n); err != nil {
+		return err
+	}
+	s.held += int64(n)
+	return nil
 }
 
 func (s *spool) Write(p []byte) (int, error) {
+	if err := s.take(len(p)); err != nil {
+		return 0, err
+	}
 	n, err := s.w.Write(p)
 	s.size += int64(n)
 	return n, err
@@ -84,5 +113,7 @@ func (s *spool) Close() error {
 	if s == nil {
 		return nil
 	}
+	s.room.used -= s.held
+	s.held = 0
 	return s.f.Close()
 }

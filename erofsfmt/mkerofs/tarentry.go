@@ -257,6 +257,9 @@ func (s *spool) copySparse(r io.Reader) (total int64, err error) {
 	for {
 		n, err := io.ReadFull(r, buf)
 		if p := buf[:n]; n > 0 && !zero(p) {
+			if err := s.take(n); err != nil {
+				return total, err
+			}
 			if _, err := s.f.WriteAt(p, s.size); err != nil {
 				return total, err
 			}

@@ -9,7 +9,10 @@
 // whoever puts it to use must be able to take that back.
 //
 // How a layer is compressed its first bytes say, as other tools have it: the media type is often wrong about that. What
-// is a tar layer at all, the media type says (Check).
+// is a tar layer at all, the media type says (Check). A layer without a byte is an archive without an entry; of a file
+// that is known by nothing else, the caller may find that wrong (Size is 0 at the end).
+//
+// Memory is bounded: a zstd frame may ask for a window of 128 MiB, and an xz block for a dictionary of as much.
 //
 // The package does not fetch and does not look into the archive.
 package tarlayer
@@ -28,7 +31,6 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/ulikunitz/xz"
 )
 
 // A Compression is how an archive was compressed.
@@ -204,10 +206,11 @@ func decompress(blob io.Reader) (archive io.Reader, kind Compression, done func(
 	if err != nil && err != io.EOF {
 		return nil, "", nil, err
 	}
-	kind, done = Detect(head), func() {}
+	kind, done, err = Detect(head), func() {}, nil
 	switch kind {
 	case Gzip:
 		archive, err = gzip.NewReader(in)
+		err = cut(err)
 	case Zstd:
 		// One goroutine decodes while another reads; frames of their own are decoded side by side by neither.
 		d, zErr := zstd.NewReader(in, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(2))
@@ -216,8 +219,7 @@ func decompress(blob io.Reader) (archive io.Reader, kind Compression, done func(
 		}
 		err = zErr
 	case XZ:
-		// A stream may name a dictionary of up to 4 GiB; of that, no more is touched than was decoded.
-		archive, err = xz.NewReader(in)
+		archive, err = newXZReader(in)
 	case Bzip2:
 		archive = bzip2.NewReader(in)
 	default:

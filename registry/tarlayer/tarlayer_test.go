@@ -176,6 +176,41 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
+// TestEmpty: a blob without a byte is an archive without an entry, and a short one is what it is.
+func TestEmpty(t *testing.T) {
+	for _, c := range []struct {
+		blob   string
+		desc   ocispec.Descriptor
+		diffID digest.Digest
+		want   error
+	}{
+		{"", describe(nil), digest.FromBytes(nil), nil},
+		{"", describe(nil), "", nil},
+		{"", ocispec.Descriptor{}, "", nil},
+		{"", describe(nil), digest.FromString("something"), ErrMismatch},
+		{"", describe([]byte("a")), "", ErrMismatch},
+		{"abc", ocispec.Descriptor{}, "", nil},
+		{"abc", describe([]byte("abc")), digest.FromString("abc"), nil},
+		{"\x1f\x8b", ocispec.Descriptor{}, "", io.ErrUnexpectedEOF},
+		{"\xfd7zXZ\x00", ocispec.Descriptor{}, "", io.ErrUnexpectedEOF},
+		{"\x28\xb5\x2f\xfd", ocispec.Descriptor{}, "", io.ErrUnexpectedEOF},
+		{"BZh", ocispec.Descriptor{}, "", io.ErrUnexpectedEOF},
+	} {
+		l, err := Open(strings.NewReader(c.blob), c.desc, c.diffID)
+		var got []byte
+		if err == nil {
+			got, err = io.ReadAll(l)
+			if c.want == nil && (string(got) != c.blob || l.Size() != int64(len(c.blob)) || l.Compression() != None) {
+				t.Errorf("%q: %q, %d bytes, %s", c.blob, got, l.Size(), l.Compression())
+			}
+			l.Close()
+		}
+		if !errors.Is(err, c.want) {
+			t.Errorf("%q as %v: %v, want %v", c.blob, c.desc.Digest, err, c.want)
+		}
+	}
+}
+
 func TestCheck(t *testing.T) {
 	for mediaType, want := range map[string]string{
 		"application/vnd.oci.image.layer.v1.tar+gzip":                  "",
@@ -204,6 +239,9 @@ func TestCheck(t *testing.T) {
 // FuzzOpen: bytes that are no layer give an error, and never more than the limit of memory.
 func FuzzOpen(f *testing.F) {
 	for _, blob := range compressed(f, []byte("a few words, which are no archive")) {
+		f.Add(blob)
+	}
+	for _, blob := range xzBlocks(f) {
 		f.Add(blob)
 	}
 	f.Fuzz(func(t *testing.T, blob []byte) {
