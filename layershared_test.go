@@ -130,6 +130,31 @@ func TestNextMount(t *testing.T) {
 	}
 }
 
+// TestWrongThenRight: wrong bytes that were read, and come right when they are fetched anew,
+// are noticed though the whole is right in the end.
+func TestWrongThenRight(t *testing.T) {
+	b := verifiable.Make(t, imageBytes(imageSize), verifiable.Options{})
+	p := push(t, b, false)
+	p.registry.SetFault(flips(b, 10, true).OnBlobs())
+	r := p.mustOpen(t, t.TempDir(), verifyAuto)
+	buf := make([]byte, imageSize)
+	must(t, r.ReadAt(t.Context(), buf[:100], 0))
+	if bytes.Equal(buf[:100], b.Plain[:100]) {
+		t.Error("the test proves nothing: right bytes came")
+	}
+	p.registry.SetFault(nil)
+	_, err := r.cache.Prune(0)
+	must(t, err)
+	var wrong *wrongError
+	if err := r.ReadAt(t.Context(), buf, 0); err != nil && !errors.As(err, &wrong) {
+		t.Error(err)
+	}
+	<-r.told
+	if err := r.ReadAt(t.Context(), buf[:10], 0); !errors.As(err, &wrong) || !errors.Is(err, errChanged) {
+		t.Errorf("a read after that: %v", err)
+	}
+}
+
 // TestWholeAgain: a check of the whole that the network ended is not taken for one that was
 // made, and a blob of which parts were fetched anew is checked anew.
 func TestWholeAgain(t *testing.T) {
@@ -160,8 +185,8 @@ func TestWholeAgain(t *testing.T) {
 	p.registry.SetFault(flips(b, 10, true).OnBlobs())
 	buf := make([]byte, imageSize)
 	must(t, r.ReadAt(t.Context(), buf[:100], 0))
-	if st := r.status(); st.Verified != 0 {
-		t.Errorf("fetched anew: %+v", st)
+	if passed, _ := r.cached.Passed(0); passed {
+		t.Error("what was fetched anew, and is not the same, has passed")
 	}
 	var wrong *wrongError
 	if err := r.ReadAt(t.Context(), buf, 0); err != nil && !errors.As(err, &wrong) {

@@ -45,6 +45,9 @@ func (e *wrongError) Unwrap() error { return e.err }
 // errUnverifiable: there is nothing to verify a layer by, and --verify=require.
 var errUnverifiable = errors.New("it has no chunk index and no dm-verity tree that could be used, so parts of it cannot be verified; --verify=auto would mount it unverified")
 
+// errChanged: the whole is right, but was not when parts of it were read.
+var errChanged = errors.New("parts of it were other bytes when they were fetched first")
+
 // layerBytes are those of a layer's image: in the cache, or in a file.
 type layerBytes interface {
 	backend.Source
@@ -267,6 +270,8 @@ func (s *layerSource) checkWhole() (done bool) {
 	})
 	var changed *verified.DigestError
 	switch {
+	case err == nil && s.cached.Changed():
+		s.poison(fmt.Errorf("blob %s: %w", s.digest, errChanged))
 	case err == nil:
 		s.right.Store(true)
 		return false
@@ -367,7 +372,7 @@ func (s *layerSource) status() backend.LayerStatus {
 		off = end
 	}
 	if wrong := s.wrong.Load(); wrong != nil {
-		st.Wrong = wrong.Error()
+		st.Wrong, st.Verified = wrong.Error(), 0
 	}
 	return st
 }

@@ -129,7 +129,7 @@ func rested(b *Blob) {
 	b.rest = time.Time{}
 }
 
-// Who was content with the whole is told again when some of it was taken in anew, and not otherwise.
+// Who was content with the whole is told again when some of it was taken in anew and is not the same, and not otherwise.
 func TestCompleteAnew(t *testing.T) {
 	s := newServer(4 * cs)
 	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
@@ -142,6 +142,7 @@ func TestCompleteAnew(t *testing.T) {
 		}) != nil
 	}})
 	for want := 1; want <= 3; want++ {
+		s.content[2*cs+1]++
 		if err := readNow(ctx, b, s, 0, 4*cs); err != nil {
 			t.Fatal(err)
 		}
@@ -152,8 +153,12 @@ func TestCompleteAnew(t *testing.T) {
 			b.flights.Wait()
 			rested(b)
 		}
-		if calls != want || !slices.Equal(passes(b), chunks(0, 4)) {
-			t.Errorf("told %d times, want %d; %v have passed", calls, want, passes(b))
+		if calls != want || !slices.Equal(passes(b), chunks(0, 4)) || b.Changed() != (want > 1) {
+			t.Errorf("told %d times, want %d; %v have passed; changed: %v", calls, want, passes(b), b.Changed())
+		}
+		evictAll(t, c, 4*cs)
+		if err := readNow(ctx, b, s, 0, 4*cs); err != nil || !slices.Equal(passes(b), chunks(0, 4)) {
+			t.Errorf("evicted, and the same again: %v have passed, %v", passes(b), err)
 		}
 		evictAll(t, c, 4*cs)
 	}
@@ -198,7 +203,7 @@ func TestPassed(t *testing.T) {
 	}
 }
 
-// An examination lets pass what it was given, and not what was taken in anew since.
+// An examination lets pass what it was given, and not what came as something else since.
 func TestExamine(t *testing.T) {
 	s := newServer(8*cs + 5)
 	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
@@ -230,18 +235,19 @@ func TestExamine(t *testing.T) {
 	}
 	err := examine(func() {
 		evictAll(t, c, b.Size())
-		if err := readNow(ctx, b, s, 2*cs, 2*cs); err != nil {
+		s.content[3*cs+7]++
+		if err := readNow(ctx, b, s, 2*cs, 3*cs); err != nil {
 			t.Error(err)
 		}
 	}, 2*cs)
-	if err != nil || len(passes(b)) > 0 {
-		t.Errorf("%v have passed after they were fetched anew, %v", passes(b), err)
+	if err != nil || !slices.Equal(passes(b), []int64{2, 4}) || !b.Changed() {
+		t.Errorf("%v have passed after they were fetched anew, changed: %v, %v", passes(b), b.Changed(), err)
 	}
 	if err := examine(func() {}, cs); err != nil {
 		t.Error(err)
 	}
 	want := errors.New("not content")
-	evictAll(t, c, b.Size())
+	b = openBlob(t, openCache(t, Options{ChunkSize: cs, Readahead: -1}), s)
 	if err := b.Examine(func(func(context.Context, []byte, int64) error) error { return want }); err != want || len(passes(b)) > 0 {
 		t.Errorf("%v; %v have passed", err, passes(b))
 	}

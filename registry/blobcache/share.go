@@ -89,7 +89,7 @@ func (f *flight) load(chunk int64, pend *pending, data []byte) error {
 	if s.inflight[chunk] != pend {
 		return nil
 	}
-	f.deliver(chunk, pend, true, f.blob.verify != nil)
+	f.deliver(chunk, pend, data, true, f.blob.verify != nil)
 	return nil
 }
 

@@ -3,6 +3,7 @@ package blobcache
 import (
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -46,7 +47,11 @@ type store struct {
 	// this process. It is read without the mutex.
 	passed bitmap
 	exams  map[*exam]struct{} // under way
-	stored []int64            // what the disk has of used
+	// intakes are those of chunks that did not pass by themselves.
+	intakes map[int64]intake
+	seed    maphash.Seed // for intakes; does not change
+	changed bool         // a chunk was not the same the next time
+	stored  []int64      // what the disk has of used
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
@@ -107,6 +112,8 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 		known:     newBitmap(chunks),
 		passed:    newBitmap(chunks),
 		exams:     make(map[*exam]struct{}),
+		intakes:   make(map[int64]intake),
+		seed:      maphash.MakeSeed(),
 		inflight:  make(map[int64]*pending),
 		fresh:     newBitmap(chunks),
 		blobs:     make(map[*Blob]struct{}),
@@ -154,7 +161,7 @@ func (s *store) learn(chunk int64) {
 func (s *store) unlearn(chunk int64) {
 	if s.known.has(chunk) {
 		s.known.clear(chunk)
-		s.takeIn(chunk, false)
+		s.passed.clear(chunk)
 		s.counters.chunksPresent.Add(-1)
 	}
 }
