@@ -90,7 +90,9 @@ func TestPowerFailure(t *testing.T) {
 	if testing.Short() {
 		seeds = 4
 	}
-	for seed := range seeds {
+	enough := func() bool { return discarded >= 20 && kept >= 200 }
+	// How much is there when the power fails is up to the scheduler: some more, where it was little.
+	for seed := uint64(0); seed < seeds || seed < 4*seeds && !enough(); seed++ {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		s := newServer(size)
 		torn := &tornFile{history: map[int64][][]byte{}}
@@ -137,7 +139,7 @@ func TestPowerFailure(t *testing.T) {
 			t.Errorf("seed %d: nothing was lost", seed)
 		}
 	}
-	if discarded < 20 || kept < 200 {
+	if !enough() {
 		t.Errorf("%d chunks were left, %d of them damaged: the test shows nothing", kept, discarded)
 	}
 }
