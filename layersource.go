@@ -2,12 +2,12 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -45,11 +45,16 @@ func (e *wrongError) Unwrap() error { return e.err }
 // errUnverifiable: there is nothing to verify a layer by, and --verify=require.
 var errUnverifiable = errors.New("it has no chunk index and no dm-verity tree that could be used, so parts of it cannot be verified; --verify=auto would mount it unverified")
 
+// errChanged: the whole is right, but was not when parts of it were read.
+var errChanged = errors.New("parts of it were other bytes when they were fetched first")
+
 // layerBytes are those of a layer's image: in the cache, or in a file.
 type layerBytes interface {
 	backend.Source
 	ReadResident(p []byte, off int64) bool
 	Present(off int64) (present bool, end int64)
+	// Passed says of which bytes that are present it was looked, in this process, whether they are right.
+	Passed(off int64) (passed bool, end int64)
 	Close() error
 }
 
@@ -58,7 +63,8 @@ type layerBytes interface {
 type layerSource struct {
 	digest string // of the layer's blob
 	bytes  layerBytes
-	size   int64 // of what may be read: nothing vouches for what is behind it
+	cached *blobcache.Blob // the same, where it is in the cache
+	size   int64           // of what may be read: nothing vouches for what is behind it
 	by     string
 	log    *slog.Logger
 	image  *chunked.Image // nil: as it is in the blob
@@ -68,7 +74,8 @@ type layerSource struct {
 	check   string        // the digest; "" if it is not to be checked
 	life    context.Context
 	end     context.CancelFunc
-	checked chan struct{} // closed when that has ended
+	checked chan struct{} // closed when that has ended, the first time where it had to be begun anew
+	ended   sync.Once     // closes checked
 	right   atomic.Bool   // it has the digest
 	wrong   atomic.Pointer[wrongError]
 	onWrong func(error) // called once
@@ -161,7 +168,7 @@ const (
 // it comes.
 func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
 	if o.verify == verifyOff {
-		return o.cached(s, s.digest, blob, blob.Size(), blobcache.OpenOptions{})
+		return o.keep(s, blob, blob.Size(), blobcache.OpenOptions{Origin: plain(blob)})
 	}
 	x, err := o.index(ctx, blob, v)
 	if err != nil {
@@ -170,9 +177,9 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registr
 	if x != nil && x.Verifies() {
 		s.by = byIndex
 		if unit := x.Unit(minUnit, maxUnit); unit > 0 {
-			return o.cachedPart(s, x.Size(), x, blob.Size(), blobcache.OpenOptions{Verify: x.Verify, ChunkSize: unit})
+			return o.keepPart(s, x.Size(), x, blob.Size(), blobcache.OpenOptions{Verify: x.Verify, ChunkSize: unit, Origin: origin("index", v.Index.Digest)})
 		}
-		return o.cached(s, derived("chunks", s.digest, v.Index.Digest.String()), x.Stream(), x.Size(), blobcache.OpenOptions{})
+		return o.keep(s, x.Stream(), x.Size(), blobcache.OpenOptions{Vouched: true, Origin: origin("chunks of the index", v.Index.Digest)})
 	}
 	if v.Verity != nil {
 		t, err := verified.OpenTree(ctx, blob, integrity.VerityRoot{
@@ -182,13 +189,15 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registr
 			return fmt.Errorf("blob %s: %w", blob.Digest(), err)
 		}
 		s.by = byTree
-		return o.cachedPart(s, t.Size(), t, blob.Size(), blobcache.OpenOptions{Verify: t.Verify})
+		return o.keepPart(s, t.Size(), t, blob.Size(), blobcache.OpenOptions{
+			Verify: t.Verify, Origin: origin("tree", fmt.Sprintf("%x", v.Verity.Root), v.Verity.Off, v.Verity.BlockSize),
+		})
 	}
 	if o.verify == verifyRequire {
 		return fmt.Errorf("blob %s: %w", blob.Digest(), errUnverifiable)
 	}
 	s.check = s.digest
-	return o.cached(s, s.digest, blob, blob.Size(), blobcache.OpenOptions{OnComplete: s.checkWhole})
+	return o.keep(s, blob, blob.Size(), blobcache.OpenOptions{OnComplete: s.checkWhole, Origin: plain(blob)})
 }
 
 // openCompressed opens an image in zstd frames: chunk by chunk where there is an index.
@@ -203,71 +212,87 @@ func (o *layerOpener) openCompressed(ctx context.Context, s *layerSource, blob *
 	if s.image, err = chunked.New(x.ChunkIndex, x.Stream()); err != nil {
 		return fmt.Errorf("blob %s: %w", blob.Digest(), err)
 	}
-	if o.verify != verifyOff {
-		s.by = byIndex
+	options := blobcache.OpenOptions{ChunkSize: x.Unit(minUnit, maxUnit), Origin: origin("zstd", v.Index.Digest)}
+	if o.verify == verifyOff {
+		options.Origin = origin("zstd", v.Index.Digest, plain(blob))
+	} else {
+		s.by, options.Vouched = byIndex, true
 	}
-	name := derived("zstd", s.digest, v.Index.Digest.String(), s.by)
-	return o.cached(s, name, s.image, x.Size(), blobcache.OpenOptions{ChunkSize: x.Unit(minUnit, maxUnit)})
+	return o.keep(s, s.image, x.Size(), options)
 }
 
-// derived names what is kept in the cache of a blob where that is not the blob as it is, or
-// was let in by something else than the blob's digest: another manifest may vouch for other
-// bytes under the same digest, and must not be believed.
-func derived(parts ...string) string {
-	h := sha256.New()
+// origin is the cache's word for what lets the bytes of a blob in. What another manifest vouches for under the same
+// digest, or another registry sends, may be other bytes.
+func origin(parts ...any) string {
+	var b strings.Builder
 	for _, p := range parts {
-		fmt.Fprintf(h, "%s\n", p) // a hash never fails: see hash.Hash
+		fmt.Fprintf(&b, "%q\n", fmt.Sprint(p)) // quoted, so that no part looks like two; a Builder never fails
 	}
-	return "sha256:" + hex.EncodeToString(h.Sum(nil))
+	return b.String()
 }
 
-// cached opens bytes in the cache, all of which may be read.
-func (o *layerOpener) cached(s *layerSource, name string, f blobcache.Fetcher, size int64, options blobcache.OpenOptions) error {
-	b, err := o.cache.Open(name, size, f, options)
+// plain is the origin of bytes that nothing vouches for when they come: where they come from, and how sure that is.
+func plain(blob *registry.Blob) string { return origin("plain", blob.Origin()) }
+
+// keep opens bytes in the cache, all of which may be read.
+func (o *layerOpener) keep(s *layerSource, f blobcache.Fetcher, size int64, options blobcache.OpenOptions) error {
+	b, err := o.cache.Open(s.digest, size, f, options)
 	if err != nil {
 		return err
 	}
-	s.bytes, s.size = b, size
+	s.bytes, s.cached, s.size = b, b, size
 	return nil
 }
 
-// cachedPart is cached for a blob of which the first size bytes may be read.
-func (o *layerOpener) cachedPart(s *layerSource, size int64, f blobcache.Fetcher, total int64, options blobcache.OpenOptions) error {
-	err := o.cached(s, s.digest, f, total, options)
+// keepPart is keep for a blob of which the first size bytes may be read.
+func (o *layerOpener) keepPart(s *layerSource, size int64, f blobcache.Fetcher, total int64, options blobcache.OpenOptions) error {
+	err := o.keep(s, f, total, options)
 	s.size = size
 	return err
 }
 
-// checkWhole is called when every byte is here.
-func (s *layerSource) checkWhole() {
-	defer close(s.checked)
+// A readFunc is what the cache has the whole examined by.
+type readFunc func(ctx context.Context, p []byte, off int64) error
+
+func (f readFunc) ReadAt(ctx context.Context, p []byte, off int64) error { return f(ctx, p, off) }
+
+// checkWhole is called when every byte is here. It says whether that needs no repetition: where bytes went meanwhile,
+// and could not be had again, the next time may be better; and where they went after it, they may come back as others.
+func (s *layerSource) checkWhole() (done bool) {
+	defer s.ended.Do(func() { close(s.checked) })
 	select {
 	case <-s.open:
 	case <-s.life.Done():
-		return
+		return true
 	}
-	err := verified.CheckWhole(s.life, s.bytes, s.size, s.check)
+	err := s.cached.Examine(func(readAt func(context.Context, []byte, int64) error) error {
+		return verified.CheckWhole(s.life, readFunc(readAt), s.size, s.check)
+	})
 	var changed *verified.DigestError
 	switch {
+	case err == nil && s.cached.Changed():
+		s.poison(fmt.Errorf("blob %s: %w", s.digest, errChanged))
 	case err == nil:
 		s.right.Store(true)
+		return false
 	case errors.As(err, &changed):
 		s.poison(fmt.Errorf("blob %s: %w", s.digest, err))
 	case s.life.Err() == nil:
-		s.log.Warn("the blob is here and was not verified", "blob", s.digest, "err", err)
+		s.log.Warn("the blob is here and was not verified; that is tried again", "blob", s.digest, "err", err)
+		return false
 	}
+	return true
 }
 
 // poison has every read fail from now on.
 func (s *layerSource) poison(err error) {
 	wrong := &wrongError{err}
 	s.wrong.Store(wrong)
+	s.right.Store(false)
 	s.log.Error("every read fails from now on", "blob", s.digest, "err", wrong)
-	// The next mount is not to find it. A cache that ends with the mount has no next one.
-	if b, ok := s.bytes.(interface{ Purge() error }); ok {
-		if err := b.Purge(); err != nil {
-			s.log.Error("the cache keeps a blob that is wrong; erofs-oci cache rm would remove it", "blob", s.digest, "err", err)
-		}
+	// The next mount is not to find it.
+	if err := s.cached.Purge(); err != nil {
+		s.log.Error("the cache may keep a blob that is wrong; erofs-oci cache rm removes it when nothing mounts it any more", "blob", s.digest, "err", err)
 	}
 	s.onWrong(wrong)
 }
@@ -304,7 +329,11 @@ func (s *layerSource) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if off < 0 || off > s.size || int64(len(p)) > s.size-off {
 		return fmt.Errorf("%d bytes at %d lie outside the image's %d bytes: %w", len(p), off, s.size, io.ErrUnexpectedEOF)
 	}
-	return s.bytes.ReadAt(ctx, p, off)
+	err := s.bytes.ReadAt(ctx, p, off)
+	if wrong := s.wrong.Load(); err != nil && wrong != nil {
+		return wrong // it came to light meanwhile, and ended the read
+	}
+	return err
 }
 
 // ReadResident is that of a blobcache.Blob.
@@ -334,11 +363,16 @@ func (s *layerSource) status() backend.LayerStatus {
 	if s.right.Load() {
 		st.By = byBlob
 	}
-	if st.By != byNothing {
-		st.Verified = st.Fetched
+	for off := int64(0); off < s.size; {
+		passed, end := s.bytes.Passed(off)
+		end = min(end, s.size)
+		if passed {
+			st.Verified += end - off
+		}
+		off = end
 	}
 	if wrong := s.wrong.Load(); wrong != nil {
-		st.Wrong = wrong.Error()
+		st.Wrong, st.Verified = wrong.Error(), 0
 	}
 	return st
 }

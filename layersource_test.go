@@ -83,22 +83,29 @@ type reader struct {
 	wrong atomic.Pointer[error]
 	told  chan struct{} // closed when it is wrong
 	said  []string
+	cache *blobcache.Cache
 }
 
 // open opens the first layer. What was asked for before is not counted any more.
 func (p *pushed) open(t *testing.T, verify string) (*reader, error) {
 	t.Helper()
-	client, err := registry.New(registry.Options{RegistriesConf: p.conf})
+	return p.openIn(t, t.TempDir(), verify, registry.Options{})
+}
+
+// openIn is open with a cache that others use.
+func (p *pushed) openIn(t *testing.T, dir, verify string, options registry.Options) (*reader, error) {
+	t.Helper()
+	options.RegistriesConf = p.conf
+	client, err := registry.New(options)
 	must(t, err)
 	t.Cleanup(func() { client.Close() })
 	im, err := client.Resolve(t.Context(), p.ref, registry.Selector{})
 	must(t, err)
-	dir := t.TempDir()
 	cache, err := blobcache.New(dir, blobcache.Options{})
 	must(t, err)
 	t.Cleanup(func() { cache.Close() })
 	p.reset()
-	r := &reader{t: t, told: make(chan struct{})}
+	r := &reader{t: t, cache: cache, told: make(chan struct{})}
 	o := &layerOpener{
 		client: client, ref: p.ref, image: im, cache: cache, dir: dir, verify: verify, log: slog.New(slog.DiscardHandler),
 		say:     func(format string, args ...any) { r.said = append(r.said, fmt.Sprintf(format, args...)) },

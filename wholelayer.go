@@ -50,6 +50,9 @@ func (f *wholeFile) ReadResident(p []byte, off int64) bool {
 // Present is that of a blobcache.Blob.
 func (f *wholeFile) Present(int64) (present bool, end int64) { return true, f.size }
 
+// Passed is that of a blobcache.Blob: it was verified before it was decompressed.
+func (f *wholeFile) Passed(int64) (passed bool, end int64) { return true, f.size }
+
 // openWhole fetches a blob that can only be read from front to back, verifies all of it,
 // and decompresses it into the cache directory. What is wrong is fetched again, from
 // elsewhere if there is another place.

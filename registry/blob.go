@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -77,6 +78,26 @@ func (b *Blob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, sta
 
 // Places is how many there are to fetch the blob from: the registry, and its mirrors.
 func (b *Blob) Places() int { return len(b.source.places) }
+
+// Origin says where the bytes come from, and how sure it is that they do: the places and, of each, whether plain HTTP
+// or any certificate is allowed. It is for who keeps bytes that nothing vouches for, and must not take those of a
+// stranger for them. There is no secret in it.
+func (b *Blob) Origin() string {
+	var parts []string
+	for _, p := range b.source.places {
+		sure := "tls"
+		switch {
+		case p.access.insecure:
+			sure = "insecure"
+		case p.client.plainHTTP:
+			sure = "http"
+		case p.client.anyCertificate:
+			sure = "tls, unchecked"
+		}
+		parts = append(parts, fmt.Sprintf("%s (%s)", p.ref.name(), sure))
+	}
+	return strings.Join(parts, ", ")
+}
 
 // FetchElsewhere is Fetch of bytes that were not what they should be when they came the
 // last time, which why says. A mirror that they may have come from is left for a while, and

@@ -74,11 +74,13 @@ type Options struct {
 // keeps connections and tokens between calls. Use a Client for each set of
 // credentials: those in Options go to every registry that is asked.
 type Client struct {
-	keyring     keyring
-	plainHTTP   bool
-	errorWait   time.Duration
-	resolveWait time.Duration
-	log         *slog.Logger
+	keyring   keyring
+	plainHTTP bool
+	// anyCertificate: no certificate is checked.
+	anyCertificate bool
+	errorWait      time.Duration
+	resolveWait    time.Duration
+	log            *slog.Logger
 
 	registriesConf string
 
@@ -115,7 +117,7 @@ func New(o Options) (*Client, error) {
 		noProgress = DefaultNoProgress
 	}
 	c := &Client{
-		keyring: keys, plainHTTP: o.PlainHTTP,
+		keyring: keys, plainHTTP: o.PlainHTTP, anyCertificate: o.SkipTLSVerify,
 		errorWait: errorWait, resolveWait: resolveWait,
 		log:  o.Logger,
 		idle: func() {}, trustAny: func(string) {},

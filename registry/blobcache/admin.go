@@ -65,7 +65,8 @@ func (c *Cache) eachFile(f func(name string, d *disk) error) error {
 	return errors.Join(errs...)
 }
 
-// List says what is in the cache, by digest.
+// List says what is in the cache, by digest. A blob that came from several origins, or in several units, is there as
+// often.
 func (c *Cache) List() ([]Kept, error) {
 	list := []Kept{}
 	err := c.eachFile(func(_ string, d *disk) error {
@@ -136,7 +137,7 @@ func (c *Cache) Prune(keep int64) (freed int64, err error) {
 	return freed, err
 }
 
-// Remove removes all of a blob, unless somebody has it open.
+// Remove removes all of a blob, whatever let its bytes in, unless somebody has it open.
 func (c *Cache) Remove(digest string) (freed int64, err error) {
 	if err := checkDigest(digest); err != nil {
 		return 0, err
@@ -146,7 +147,7 @@ func (c *Cache) Remove(digest string) (freed int64, err error) {
 		names, err := c.names()
 		errs := []error{err}
 		for _, name := range names {
-			if strings.HasPrefix(name, strings.Replace(digest, ":", "-", 1)+".") {
+			if of, _, _ := parseFileName(name); of == digest || strings.HasPrefix(of, digest+"+") {
 				found = true
 				n, err := c.removeFile(name)
 				freed, errs = freed+n, append(errs, err)

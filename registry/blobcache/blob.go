@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // errAbandoned is what a pending chunk fails with when the blob that brought it is closed, or when it was fetched ahead
@@ -17,8 +18,11 @@ var errAbandoned = errors.New("its fetch was given up")
 type Blob struct {
 	store      *store
 	fetcher    Fetcher
+	vouched    bool                                                 // see OpenOptions
 	verify     func(ctx context.Context, p []byte, off int64) error // may be nil
-	onComplete func()                                               // nil once it was called; guarded by store.mu
+	onComplete func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two
+	completed  bool                                                 // it was called
+	rest       time.Time                                            // until when it is not called again
 
 	ctx     context.Context // its flights' context
 	cancel  context.CancelFunc
@@ -80,11 +84,7 @@ func (b *Blob) readResident(p []byte, off int64) bool {
 // the blob.
 func (b *Blob) Present(off int64) (present bool, end int64) {
 	s := b.store
-	c := off / s.chunkSize
-	present = s.known.has(c)
-	for c++; c < s.chunks && s.known.has(c) == present; c++ {
-	}
-	return present, min(c*s.chunkSize, s.size)
+	return s.run(s.known, off)
 }
 
 // Close ends the flights that this blob began and waits for them. Reads that wait end with os.ErrClosed.
@@ -142,8 +142,23 @@ func (e *refusedError) Error() string { return fmt.Sprintf("chunk at %d: %v", e.
 func (e *refusedError) Unwrap() error { return e.err }
 
 func (e *refusedError) temporary() bool {
-	var t interface{ Temporary() bool }
-	return errors.As(e.err, &t) && t.Temporary()
+	j := judgement(e.err)
+	return j != nil && j.Temporary()
+}
+
+type ruling interface{ Temporary() bool }
+
+// judgement finds what the hook said of the bytes; nil where it did not come to judge them. Errors of networks have a
+// method Temporary, too, but never without Timeout: see net.Error.
+func judgement(err error) ruling {
+	var j ruling
+	if !errors.As(err, &j) {
+		return nil
+	}
+	if _, network := j.(interface{ Timeout() bool }); network {
+		return nil
+	}
+	return j
 }
 
 // readWanted has all chunks of p brought, copies them in order as they come, and says how far it came.

@@ -103,20 +103,29 @@ func checkUnit(n int64) error {
 type OpenOptions struct {
 	// Verify is called with the bytes of a chunk, from off in the blob, before anybody reads them and once for each
 	// time that this process takes the chunk in, be it from the Fetcher or from the disk. A chunk for which it returns
-	// an error is not published. If the error has a method Temporary that says true, the chunk is fetched again, a few
-	// times for each read; else those who wait for the chunk get the error. It may be called in parallel, must not
+	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of the
+	// disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any other
+	// error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error. It may be called in parallel, must not
 	// keep p, and must not read the blob through this cache. nil: nothing is verified.
 	Verify func(ctx context.Context, p []byte, off int64) error
+	// Vouched says that f verifies what it brings: it has passed, see Passed.
+	Vouched bool
 	// ChunkSize is the unit of this blob, a multiple of 4 KiB up to 16 MiB, where its own index says one; that of the
 	// cache if zero.
 	ChunkSize int64
-	// OnComplete is called once, in a goroutine that Close waits for, when every chunk is here.
-	OnComplete func()
+	// Origin is what let the bytes in: what vouches for them or, where nothing does, where they come from. Blobs share
+	// chunks only with the same digest, size, unit and origin, since under one digest a manifest may vouch for other
+	// bytes than another, or a registry send what nobody has checked yet.
+	Origin string
+	// OnComplete is called, in a goroutine that Close waits for, when every chunk is here. If it returns false, it is
+	// called again when every chunk is here and some have not passed: after some seconds, or as long as lets the calls
+	// take a tenth of the time.
+	OnComplete func() bool
 }
 
 // A storeKey tells stores apart: blobs share one only if they agree on the unit and on whether chunks are verified.
 type storeKey struct {
-	digest   string
+	name     string // see nameOf
 	unit     int64
 	verified bool
 }
@@ -139,8 +148,10 @@ type Cache struct {
 
 	mu     sync.Mutex // guards what follows, and store.refs
 	stores map[storeKey]*store
-	blobs  map[*Blob]struct{} // open ones
-	closed bool
+	// orphans are open, and their files were purged or removed: nobody who opens a blob gets one of them any more.
+	orphans map[*store]struct{}
+	blobs   map[*Blob]struct{} // open ones
+	closed  bool
 }
 
 // New opens the cache directory dir and makes it, with mode 0700, where it does not exist. It refuses a directory
@@ -162,6 +173,7 @@ func New(dir string, o Options) (*Cache, error) {
 		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
 		loads:   semaphore.NewWeighted(maxLoads),
 		stores:  make(map[storeKey]*store),
+		orphans: make(map[*store]struct{}),
 		blobs:   make(map[*Blob]struct{}),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
@@ -174,8 +186,8 @@ func New(dir string, o Options) (*Cache, error) {
 	return c, nil
 }
 
-// Open gives the blob with this digest and size, whose absent parts f brings. Blobs of one digest share what they
-// fetched; each begins flights through its own f only, and none after its Close.
+// Open gives the blob with this digest and size, whose absent parts f brings. Blobs of one digest, size, unit
+// and origin share what they fetched; each begins flights through its own f only, and none after its Close.
 func (c *Cache) Open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob, error) {
 	if err := checkDigest(digest); err != nil {
 		return nil, fmt.Errorf("open blob: %w", err)
@@ -210,8 +222,12 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	if c.closed {
 		return nil, os.ErrClosed
 	}
-	key := storeKey{digest, o.ChunkSize, o.Verify != nil}
+	key := storeKey{nameOf(digest, size, o.Origin), o.ChunkSize, o.Verify != nil}
 	s := c.stores[key]
+	if s != nil && s.disk.removed() {
+		c.disown(s)
+		s = nil
+	}
 	if s == nil {
 		var err error
 		if s, err = newStore(c, key, size); err != nil {
@@ -219,11 +235,8 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 		}
 		c.stores[key] = s
 	}
-	if s.size != size {
-		return nil, fmt.Errorf("size %d, but it is open with size %d", size, s.size)
-	}
 	s.refs++
-	b := &Blob{store: s, fetcher: f, verify: o.Verify, onComplete: o.OnComplete}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
 	s.mu.Lock()
@@ -273,7 +286,19 @@ func (c *Cache) hold() []*store {
 		s.refs++
 		all = append(all, s)
 	}
+	for s := range c.orphans {
+		s.refs++
+		all = append(all, s)
+	}
 	return all
+}
+
+// disown leaves a store whose file has no name any more to those who have it open. The caller holds c.mu.
+func (c *Cache) disown(s *store) {
+	if c.stores[s.key] == s {
+		delete(c.stores, s.key)
+		c.orphans[s] = struct{}{}
+	}
 }
 
 func (c *Cache) release(s *store) error {
@@ -282,7 +307,10 @@ func (c *Cache) release(s *store) error {
 	if s.refs--; s.refs > 0 {
 		return nil
 	}
-	delete(c.stores, s.key)
+	delete(c.orphans, s)
+	if c.stores[s.key] == s {
+		delete(c.stores, s.key)
+	}
 	if err := errors.Join(s.storeUses(), s.disk.close()); err != nil {
 		return fmt.Errorf("close blob %s: %w", s.digest, err)
 	}

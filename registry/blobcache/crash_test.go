@@ -90,7 +90,9 @@ func TestPowerFailure(t *testing.T) {
 	if testing.Short() {
 		seeds = 4
 	}
-	for seed := range seeds {
+	enough := func() bool { return discarded >= 20 && kept >= 200 }
+	// How much is there when the power fails is up to the scheduler: some more, where it was little.
+	for seed := uint64(0); seed < seeds || seed < 4*seeds && !enough(); seed++ {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		s := newServer(size)
 		torn := &tornFile{history: map[int64][][]byte{}}
@@ -116,7 +118,7 @@ func TestPowerFailure(t *testing.T) {
 		if seed%2 == 0 {
 			wg.Wait()
 		}
-		name := filepath.Join(dir, version, fileName(testDigest, 4*cs))
+		name := fileOf(dir, size, 4*cs)
 		err := errors.Join(os.Mkdir(filepath.Dir(name), 0o700), torn.crash(name, b.store.disk.end, rng))
 		if err != nil {
 			t.Fatal(err)
@@ -137,7 +139,7 @@ func TestPowerFailure(t *testing.T) {
 			t.Errorf("seed %d: nothing was lost", seed)
 		}
 	}
-	if discarded < int(seeds)*5/2 || kept < int64(seeds)*25 {
+	if !enough() {
 		t.Errorf("%d chunks were left, %d of them damaged: the test shows nothing", kept, discarded)
 	}
 }
@@ -205,7 +207,7 @@ func TestFlippedBits(t *testing.T) {
 				dir := t.TempDir()
 				o := Options{ChunkSize: cs, Readahead: -1, MaxSpan: cs}
 				l := fillCache(t, dir, o, s)
-				flip(t, filepath.Join(dir, version, fileName(testDigest, cs)), test.place(l), test.bit)
+				flip(t, fileOf(dir, n*cs+100, cs), test.place(l), test.bit)
 				if down {
 					s.answer = func(_ int, a *answer) { a.err = errServer }
 				}
@@ -273,7 +275,7 @@ func TestParanoid(t *testing.T) {
 		}
 	}
 	s.checkOnce(t)
-	flip(t, filepath.Join(dir, version, fileName(testDigest, cs)), b.store.disk.base+2*cs+9, 4)
+	flip(t, fileOf(dir, 4*cs, cs), b.store.disk.base+2*cs+9, 4)
 	if b.ReadResident(make([]byte, 3*cs), 0) {
 		t.Error("resident")
 	}
@@ -345,7 +347,7 @@ func TestStrangeFiles(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
 			fillCache(t, dir, o, s)
-			if err := test.do(filepath.Join(dir, version, fileName(testDigest, cs))); err != nil {
+			if err := test.do(fileOf(dir, 3*cs, cs)); err != nil {
 				t.Fatal(err)
 			}
 			b, err := openCacheAt(t, dir, o).Open(testDigest, 3*cs, s, OpenOptions{})
@@ -365,9 +367,17 @@ func TestStrangeFiles(t *testing.T) {
 	}
 	dir := t.TempDir()
 	openBlob(t, openCacheAt(t, dir, o), s)
-	if _, err := openCacheAt(t, dir, o).Open(testDigest, 4*cs, s, OpenOptions{}); err == nil || !strings.Contains(err.Error(), "another process uses it") {
+	if err := put(fileOf(dir, 3*cs, cs), newLayout(testDigest, 4*cs, cs)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openCacheAt(t, dir, o).Open(testDigest, 3*cs, s, OpenOptions{}); err == nil || !strings.Contains(err.Error(), "another process uses it") {
 		t.Errorf("a blob in use, of another size: %v", err)
 	}
+}
+
+// fileOf is the file of the test's blob.
+func fileOf(dir string, size, unit int64) string {
+	return filepath.Join(dir, version, fileName(nameOf(testDigest, size, ""), unit))
 }
 
 // put writes the header of l over that of a file.
@@ -416,7 +426,7 @@ func TestSweep(t *testing.T) {
 func FuzzPresence(f *testing.F) {
 	const size = 3*cs + 5
 	s := newServer(size)
-	l := newLayout(testDigest, size, cs)
+	l := newLayout(nameOf(testDigest, size, ""), size, cs)
 	good := l.header()
 	entries := make([]byte, 4*entrySize)
 	for c := range int64(4) {
@@ -432,7 +442,7 @@ func FuzzPresence(f *testing.F) {
 		}
 		dir := t.TempDir()
 		c := openCacheAt(t, dir, Options{ChunkSize: cs, Readahead: -1})
-		name := filepath.Join(dir, version, fileName(testDigest, cs))
+		name := fileOf(dir, size, cs)
 		file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 		if err != nil {
 			t.Fatal(err)

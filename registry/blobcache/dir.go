@@ -1,6 +1,8 @@
 package blobcache
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -112,25 +114,46 @@ func (c *Cache) openPrivate(name string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-// fileName is the name of a blob's file: its digest and its unit.
-func fileName(digest string, unit int64) string {
-	return strings.ReplaceAll(digest, ":", "-") + "." + strconv.FormatInt(unit, 10)
+// nameOf is what a blob is kept under: its digest and, in short, its size and what let its bytes in. A manifest that
+// lies about the size, or vouches for other bytes under the digest of somebody else's blob, has a file of its own.
+func nameOf(digest string, size int64, origin string) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d\n%s", size, origin))
+	return digest + "+" + hex.EncodeToString(sum[:originSize/2])
+}
+
+const originSize = 32 // hex digits
+
+// checkName allows what nameOf makes, and a digest alone, which is what earlier builds kept a blob under.
+func checkName(name string) error {
+	digest, origin, more := strings.Cut(name, "+")
+	if err := checkDigest(digest); err != nil {
+		return err
+	}
+	if more && (len(origin) != originSize || strings.Trim(origin, "0123456789abcdef") != "") {
+		return fmt.Errorf("name %.200q: the + must be followed by %d lower-case hex digits", name, originSize)
+	}
+	return nil
+}
+
+// fileName is the name of a blob's file: the blob's name and its unit.
+func fileName(name string, unit int64) string {
+	return strings.ReplaceAll(name, ":", "-") + "." + strconv.FormatInt(unit, 10)
 }
 
 // parseFileName reads what fileName made.
-func parseFileName(name string) (digest string, unit int64, ok bool) {
-	hex, number, _ := strings.Cut(name, ".")
-	digest = strings.Replace(hex, "-", ":", 1)
+func parseFileName(file string) (name string, unit int64, ok bool) {
+	blob, number, _ := strings.Cut(file, ".")
+	name = strings.Replace(blob, "-", ":", 1)
 	unit, err := strconv.ParseInt(number, 10, 64)
-	ok = err == nil && checkDigest(digest) == nil && checkUnit(unit) == nil && fileName(digest, unit) == name
-	return digest, unit, ok
+	ok = err == nil && checkName(name) == nil && checkUnit(unit) == nil && fileName(name, unit) == file
+	return name, unit, ok
 }
 
 // openDisk opens the file of a blob, and makes it, or makes it anew, where it is not as it should be and nobody else
 // uses it. Where there is no room even for that, the blob is read without anything being kept. The caller has the
 // directory's lock.
-func (c *Cache) openDisk(digest string, size, unit int64) (*disk, error) {
-	d, err := c.openKept(digest, size, unit)
+func (c *Cache) openDisk(name string, size, unit int64) (*disk, error) {
+	d, err := c.openKept(name, size, unit)
 	if !full(err) {
 		return d, err
 	}
@@ -139,8 +162,8 @@ func (c *Cache) openDisk(digest string, size, unit int64) (*disk, error) {
 	if err != nil {
 		return nil, fmt.Errorf("memfd_create: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), fileName(digest, unit))
-	d = &disk{layout: newLayout(digest, size, unit), handle: f, nowhere: true}
+	f := os.NewFile(uintptr(fd), fileName(name, unit))
+	d = &disk{layout: newLayout(name, size, unit), handle: f, nowhere: true}
 	d.file = c.wrap(osFile{f}, d.layout)
 	if err := f.Truncate(d.end); err != nil {
 		return nil, errors.Join(err, f.Close())
@@ -148,8 +171,8 @@ func (c *Cache) openDisk(digest string, size, unit int64) (*disk, error) {
 	return d, nil
 }
 
-func (c *Cache) openKept(digest string, size, unit int64) (_ *disk, err error) {
-	f, err := c.openPrivate(fileName(digest, unit), unix.O_CREAT)
+func (c *Cache) openKept(name string, size, unit int64) (_ *disk, err error) {
+	f, err := c.openPrivate(fileName(name, unit), unix.O_CREAT)
 	if err != nil {
 		return nil, err
 	}
@@ -158,7 +181,7 @@ func (c *Cache) openKept(digest string, size, unit int64) (_ *disk, err error) {
 			err = errors.Join(err, f.Close())
 		}
 	}()
-	d := &disk{layout: newLayout(digest, size, unit), handle: f}
+	d := &disk{layout: newLayout(name, size, unit), handle: f}
 	d.file = c.wrap(osFile{f}, d.layout)
 	alone := lock(f, unix.F_WRLCK, lockOpen)
 	if alone != nil && !errors.Is(alone, errLocked) {
@@ -193,7 +216,7 @@ func (d *disk) fits() error {
 	case err != nil:
 		return err
 	case l != d.layout:
-		return fmt.Errorf("it is of %s, %d bytes in chunks of %d", l.digest, l.size, l.unit)
+		return fmt.Errorf("it is of %s, %d bytes in chunks of %d", l.name, l.size, l.unit)
 	case info.Size() != d.end:
 		return fmt.Errorf("it is %d bytes long, and should be %d", info.Size(), d.end)
 	}
@@ -210,12 +233,12 @@ func (d *disk) reset() error {
 }
 
 // openFound opens a file that is there already, as what it says it is. The caller has the directory's lock.
-func (c *Cache) openFound(name string) (_ *disk, err error) {
-	digest, unit, ok := parseFileName(name)
+func (c *Cache) openFound(file string) (_ *disk, err error) {
+	name, unit, ok := parseFileName(file)
 	if !ok {
-		return nil, fmt.Errorf("%s is not the name of a cached blob", filepath.Join(c.dir.Name(), name))
+		return nil, fmt.Errorf("%s is not the name of a cached blob", filepath.Join(c.dir.Name(), file))
 	}
-	f, err := c.openPrivate(name, 0)
+	f, err := c.openPrivate(file, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -224,7 +247,7 @@ func (c *Cache) openFound(name string) (_ *disk, err error) {
 			err = errors.Join(err, f.Close())
 		}
 	}()
-	d := &disk{layout: layout{digest: digest, unit: unit}, file: osFile{f}, handle: f}
+	d := &disk{layout: layout{name: name, unit: unit}, file: osFile{f}, handle: f}
 	if err := lock(f, unix.F_RDLCK, lockOpen); err != nil {
 		return nil, err
 	}
@@ -233,7 +256,7 @@ func (c *Cache) openFound(name string) (_ *disk, err error) {
 		return nil, fmt.Errorf("%s: read its header: %w", f.Name(), err)
 	}
 	l, err := parseHeader(b)
-	if err == nil && (l.digest != digest || l.unit != unit) {
+	if err == nil && (l.name != name || l.unit != unit) {
 		err = errors.New("it is of another blob")
 	}
 	if err != nil {

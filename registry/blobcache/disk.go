@@ -160,6 +160,12 @@ func occupied(f *os.File) (int64, error) {
 	return st.Blocks * 512, nil // whatever the file system's blocks are
 }
 
+// removed says whether the file has no name any more: it was purged, or removed by hand.
+func (d *disk) removed() bool {
+	var st unix.Stat_t
+	return !d.nowhere && unix.Fstat(int(d.handle.Fd()), &st) == nil && st.Nlink == 0
+}
+
 // sweep gives back the space of absent chunks: what was being written when a process was killed, or evicted.
 func (d *disk) sweep(present bitmap, count int64) error {
 	has, err := d.occupied()

@@ -31,8 +31,8 @@
 //
 // # On disk
 //
-// The directory is its owner's alone. It has a file for each blob and unit, named after the digest, with byte i of the
-// blob at base + i and holes where chunks are absent; in front of that a checksum of each chunk that is there (see
+// The directory is its owner's alone. It has a file for each blob, unit and origin, named after the digest, the unit and
+// a hash of size and origin (see OpenOptions.Origin), with byte i of the blob at base + i and holes where chunks are absent; in front of that a checksum of each chunk that is there (see
 // format.go), and "space", the number of bytes that all of them take.
 //
 // # Several processes
@@ -52,12 +52,16 @@
 // file, would be system calls: see BenchmarkGuard. A region that somebody waits for, or that something is in flight
 // to, is not evicted at all.
 //
+// Nor is a chunk written over where another process may read it: one that a hook refuses is replaced only if its region
+// can be had exclusively; else this process does without keeping its own. And a blob that turned out to be wrong is not
+// taken away from its readers, but its file loses its name (see Purge).
+//
 // # Crashes
 //
 // Nothing is synced and nothing is marked clean or unclean. A chunk's data is written before its checksum, so whatever
 // a killed process leaves is whole; of what a power failure leaves, any sector may be old or missing. Therefore a
 // process believes no chunk that it finds: it reads all of it and compares the checksum (and calls Verify) before its
-// first use, once for each lease. A chunk that differs is fetched again. A bit that flips on disk later, while the
+// first use, once for each lease. A chunk that differs is fetched again; where Verify could not tell, it stays. A bit that flips on disk later, while the
 // lease lasts, is noticed with Options.Paranoid only.
 //
 // # Limits

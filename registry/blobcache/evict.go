@@ -4,14 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
 )
 
-// occupied is how much of the file system the blobs take. The caller has the directory's lock.
+// occupied is how much of the file system the blobs take, those included that have no name any more and that this
+// process has open. The caller has the directory's lock.
 func (c *Cache) occupied() (int64, error) {
 	names, err := c.names()
 	if err != nil {
@@ -29,7 +29,8 @@ func (c *Cache) occupied() (int64, error) {
 		}
 		sum += st.Blocks * 512
 	}
-	return sum, nil
+	orphans, err := c.orphaned()
+	return sum + orphans, err
 }
 
 // A victim is a region that may be evicted.
@@ -92,12 +93,16 @@ func (c *Cache) tenants() ([]*tenant, error) {
 		return nil, err
 	}
 	mine := map[string][]*store{}
-	for _, s := range c.hold() {
-		name := fileName(s.digest, s.chunkSize)
-		mine[name] = append(mine[name], s)
-	}
 	var tenants []*tenant
 	var errs []error
+	for _, s := range c.hold() {
+		if s.disk.removed() {
+			tenants = append(tenants, &tenant{store: s, disk: s.disk})
+			continue
+		}
+		name := fileName(s.disk.name, s.chunkSize)
+		mine[name] = append(mine[name], s)
+	}
 	for _, name := range names {
 		for _, s := range mine[name] {
 			tenants = append(tenants, &tenant{name: name, store: s, disk: s.disk})
@@ -113,7 +118,7 @@ func (c *Cache) tenants() ([]*tenant, error) {
 		}
 		tenants = append(tenants, &tenant{name: name, disk: d})
 	}
-	for _, stores := range mine { // their files were removed by hand
+	for _, stores := range mine { // they are kept nowhere
 		for _, s := range stores {
 			errs = append(errs, c.release(s))
 		}
@@ -274,23 +279,4 @@ func (s *store) lease(region int64) error {
 	}
 	s.leased.set(region)
 	return nil
-}
-
-// Purge makes every chunk of the blob absent that nobody reads. What is in use stays, and is an error.
-func (b *Blob) Purge() error {
-	s := b.store
-	return s.cache.space.locked(s.cache.ctx, func() error {
-		var freed int64
-		var errs []error
-		for r := int64(0); r < s.disk.regions; r++ {
-			n, err := s.evict(r)
-			freed, errs = freed+n, append(errs, err)
-		}
-		left := 0
-		errs = append(errs, s.disk.scan(func(int64) { left++ }), s.cache.space.less(freed))
-		if left > 0 {
-			errs = append(errs, fmt.Errorf("purge blob %s: %d chunks are in use: %w", s.digest, left, os.ErrExist))
-		}
-		return errors.Join(errs...)
-	})
 }

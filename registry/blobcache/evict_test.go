@@ -11,7 +11,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -487,23 +486,5 @@ func TestAdmin(t *testing.T) {
 	}
 	if list, err := c.List(); err != nil || len(list) != 0 {
 		t.Errorf("%+v, %v are left", list, err)
-	}
-}
-
-func TestPurge(t *testing.T) {
-	s := newServer(4 * cs)
-	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
-	b := openBlob(t, c, s)
-	if err := errors.Join(readNow(ctx, b, s, 0, 4*cs), b.Purge()); err != nil {
-		t.Fatal(err)
-	}
-	if got := residents(t, b, s); len(got) != 0 {
-		t.Errorf("chunks %v are present", got)
-	}
-	if err := readNow(ctx, b, s, 0, 4*cs); err != nil {
-		t.Error(err)
-	}
-	if got := s.asked(); !slices.Equal(got, []request{{0, 4 * cs}, {0, 4 * cs}}) {
-		t.Errorf("requests %v", got)
 	}
 }

@@ -390,7 +390,7 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	if !f.pin(chunk, pend) {
 		return // a reader had it fetched anew while f was quiet, and has it by now
 	}
-	err := f.keep(chunk, data)
+	err := f.keep(chunk, pend, data)
 	if err != nil && !errors.Is(err, errLocked) {
 		f.unkept = true
 		s.cache.cannotKeep(err)
@@ -408,7 +408,7 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	if pend.ahead {
 		s.counters.bytesAhead.Add(int64(len(data)))
 	}
-	f.deliver(chunk, pend, err == nil)
+	f.deliver(chunk, pend, data, err == nil, f.blob.verify != nil || f.blob.vouched)
 }
 
 // pin keeps the region of a chunk that somebody still waits for from being evicted while it is written.
@@ -423,9 +423,11 @@ func (f *flight) pin(chunk int64, pend *pending) bool {
 	return true
 }
 
-// deliver lets those go who wait for a chunk, which is on disk or in pend. The caller holds s.mu.
-func (f *flight) deliver(chunk int64, pend *pending, onDisk bool) {
+// deliver lets those go who wait for a chunk, which is data, on disk or in pend, and notes whether it has passed. The
+// caller holds s.mu.
+func (f *flight) deliver(chunk int64, pend *pending, data []byte, onDisk, passed bool) {
 	s := f.blob.store
+	s.takeIn(chunk, data, passed, onDisk)
 	if onDisk {
 		s.present.set(chunk)
 		s.learn(chunk)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"strings"
 )
 
 // The file of one blob, all integers little-endian:
@@ -14,7 +15,7 @@ import (
 //	         uses        8 bytes a region: when it was last read, in microseconds of Unix time; wrong by some seconds
 //	base     the blob    byte i of it at base + i, and holes where chunks are absent
 //
-// An entry lies within one sector. Both checksums depend on the digest, the unit and the chunk's number, so that
+// An entry lies within one sector. Both checksums depend on the name, the unit and the chunk's number, so that
 // neither the entries nor the data of another chunk, blob or unit pass for this one's.
 const (
 	magic      = "erofs-oci blob\x01\n" // the last but one byte is the version
@@ -35,7 +36,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // A layout says where things are in the file of a blob.
 type layout struct {
-	digest     string
+	name       string // see nameOf
+	digest     string // that is in it
 	size, unit int64
 
 	chunks, regions int64
@@ -44,8 +46,9 @@ type layout struct {
 	seed            uint32
 }
 
-func newLayout(digest string, size, unit int64) layout {
-	l := layout{digest: digest, size: size, unit: unit, perRegion: max(regionSize/unit, 1)}
+func newLayout(name string, size, unit int64) layout {
+	digest, _, _ := strings.Cut(name, "+")
+	l := layout{name: name, digest: digest, size: size, unit: unit, perRegion: max(regionSize/unit, 1)}
 	l.chunks = ceil(size, unit)
 	l.regions = ceil(l.chunks, l.perRegion)
 	l.uses = headerSize + l.chunks*entrySize
@@ -63,8 +66,8 @@ func (l *layout) header() []byte {
 	binary.LittleEndian.PutUint64(b[16:], uint64(l.size))
 	binary.LittleEndian.PutUint64(b[24:], uint64(l.unit))
 	binary.LittleEndian.PutUint64(b[32:], uint64(l.perRegion))
-	b[40] = byte(len(l.digest))
-	copy(b[41:], l.digest)
+	b[40] = byte(len(l.name))
+	copy(b[41:], l.name)
 	binary.LittleEndian.PutUint32(b[headerSize-4:], crc32.Checksum(b[:headerSize-4], castagnoli))
 	return b
 }
@@ -84,11 +87,11 @@ func parseHeader(b []byte) (layout, error) {
 	if err := checkUnit(int64(unit)); err != nil {
 		return layout{}, err
 	}
-	digest := string(b[41 : 41+int(b[40])])
-	if err := checkDigest(digest); err != nil {
+	name := string(b[41 : 41+int(b[40])])
+	if err := checkName(name); err != nil {
 		return layout{}, err
 	}
-	l := newLayout(digest, int64(size), int64(unit))
+	l := newLayout(name, int64(size), int64(unit))
 	if n := binary.LittleEndian.Uint64(b[32:]); n != uint64(l.perRegion) {
 		return layout{}, fmt.Errorf("its header says regions of %d chunks", n)
 	}

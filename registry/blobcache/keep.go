@@ -41,17 +41,14 @@ func (c *Cache) keepHouse() {
 }
 
 // keepHouse writes down when regions were used and, where there are other processes, lets go of those that were not
-// used lately, and looks whether the others have completed the blob.
+// used lately. Whether others have completed the blob it looks in any case: they may have come and gone meanwhile.
 func (s *store) keepHouse(shared bool) error {
 	err := s.storeUses()
-	if !shared {
-		return err
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.cache.clock.Load() - idle.Microseconds()
 	for r := range s.disk.regions {
-		if s.leased.has(r) && s.used[r].Load() < before {
+		if shared && s.leased.has(r) && s.used[r].Load() < before {
 			err = errors.Join(err, s.letGo(r))
 		}
 	}
@@ -65,13 +62,19 @@ func (s *store) keepHouse(shared bool) error {
 
 // recount looks which chunks are on disk, where others fetch and evict, too. The caller holds s.mu.
 func (s *store) recount() error {
-	for i := range s.known {
-		s.known[i].Store(0)
+	there := newBitmap(s.chunks)
+	if err := s.disk.scan(there.set); err != nil {
+		return err
 	}
-	s.counters.chunksPresent.Store(0)
-	err := s.disk.scan(s.learn)
+	for c := range s.chunks {
+		if there.has(c) {
+			s.learn(c)
+		} else {
+			s.unlearn(c)
+		}
+	}
 	s.completed()
-	return err
+	return nil
 }
 
 // storeUses writes down when regions were used, where that is news and the disk has room for it.

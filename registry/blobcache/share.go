@@ -51,28 +51,37 @@ func (f *flight) owing(chunk int64) *pending {
 	return nil
 }
 
-// load publishes a chunk that is on disk, if it is what it should be; else it makes it absent. An error is that of an
-// ended flight only.
+// load publishes a chunk that is on disk, if it is what it should be; else it is fetched again. Where the hook could
+// not tell, since it failed itself, who waits gets its error, and the chunk stays. An error is that of an ended flight
+// only.
 func (f *flight) load(chunk int64, pend *pending, data []byte) error {
 	s := f.blob.store
 	s.mu.Lock()
+	disputed := pend.disputed
 	err := s.lease(chunk / s.disk.perRegion)
 	s.mu.Unlock()
 	if err != nil {
 		return ignore(err, errLocked) // it is being evicted
 	}
+	if disputed {
+		return nil
+	}
 	there, err := s.disk.load(chunk, data)
 	if err == nil && !there {
 		return nil
 	}
-	if err == nil {
-		err = f.verify(chunk, data)
-	}
-	if errors.Is(err, errAbandoned) {
-		return err
-	}
 	if err != nil {
-		f.discard(chunk, err)
+		f.discard(chunk, pend, err)
+		return nil
+	}
+	switch err := f.verify(chunk, data); {
+	case errors.Is(err, errAbandoned):
+		return err
+	case err != nil && judgement(err) == nil:
+		f.refuse(chunk, pend, err)
+		return nil
+	case err != nil:
+		f.dispute(chunk, pend, err)
 		return nil
 	}
 	s.mu.Lock()
@@ -80,23 +89,54 @@ func (f *flight) load(chunk int64, pend *pending, data []byte) error {
 	if s.inflight[chunk] != pend {
 		return nil
 	}
-	f.deliver(chunk, pend, true)
+	f.deliver(chunk, pend, data, true, f.blob.verify != nil)
 	return nil
 }
 
 // discard takes a damaged chunk off the disk, for it to be fetched again, unless another process is about to.
-func (f *flight) discard(chunk int64, why error) {
+func (f *flight) discard(chunk int64, pend *pending, why error) {
 	s := f.blob.store
 	s.cache.options.Logger.Warn("cached chunk discarded; it is fetched again", "blob", s.digest, "chunk", chunk, "error", why)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.inflight[chunk] != pend {
+		return // it was fetched anew, and is there
+	}
 	s.unlearn(chunk)
 	if f.lock(chunk) != nil {
 		return
 	}
-	// The data stays: another process may be content with it, and read it just now.
 	if err := s.disk.erase(chunk, chunk+1); err != nil {
 		s.cache.options.Logger.Warn("discard a cached chunk", "blob", s.digest, "chunk", chunk, "error", err)
+	}
+}
+
+// dispute takes a chunk off the disk that the hook refused, for it to be fetched again. Where another process has the
+// region leased, it may be content with the chunk, and read it just now: then it stays as it is, and this process does
+// without it. While the region is ours alone nobody can begin to read the chunk, and after that its entry is gone.
+func (f *flight) dispute(chunk int64, pend *pending, why error) {
+	s := f.blob.store
+	log := s.cache.options.Logger
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight[chunk] != pend {
+		return
+	}
+	s.unlearn(chunk)
+	pend.disputed = true
+	region := chunk / s.disk.perRegion
+	if f.lock(chunk) != nil || s.disk.lockRegion(unix.F_WRLCK, region) != nil {
+		log.Warn("cached chunk refused; it is fetched again, and the cached one left to who reads it", "blob", s.digest, "chunk", chunk, "error", why)
+		return
+	}
+	log.Warn("cached chunk refused; it is fetched again", "blob", s.digest, "chunk", chunk, "error", why)
+	if err := s.disk.erase(chunk, chunk+1); err != nil {
+		log.Warn("discard a cached chunk", "blob", s.digest, "chunk", chunk, "error", err)
+	} else {
+		pend.disputed = false
+	}
+	if err := s.disk.lockRegion(unix.F_RDLCK, region); err != nil {
+		log.Warn("share a region again", "blob", s.digest, "region", region, "error", err)
 	}
 }
 
@@ -294,19 +334,24 @@ func (f *flight) takeOver(all bool) {
 	f.unlock()
 }
 
-// keep writes a chunk to the disk, if nobody else does or did.
-func (f *flight) keep(chunk int64, data []byte) error {
+// keep writes a chunk to the disk, if nobody else does or did: what is there may be read by others, and is never
+// written over.
+func (f *flight) keep(chunk int64, pend *pending, data []byte) error {
 	s := f.blob.store
 	if s.disk.nowhere {
 		return errNoRoom
 	}
 	s.mu.Lock()
 	err := s.lease(chunk / s.disk.perRegion)
-	if err == nil && !f.has(chunk) {
-		if err = f.lock(chunk); err == nil {
-			for range s.disk.present(chunk, chunk+1) {
-				err = errLocked // it was fetched by another process: who reads it next checks it
-			}
+	if err == nil && pend.disputed {
+		err = errLocked
+	}
+	if err == nil {
+		err = f.lock(chunk)
+	}
+	if err == nil {
+		for range s.disk.present(chunk, chunk+1) {
+			err = errLocked // it was fetched by another process: who reads it next checks it
 		}
 	}
 	s.mu.Unlock()

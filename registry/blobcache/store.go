@@ -3,14 +3,16 @@ package blobcache
 import (
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A store is what the blobs of one digest share: the file, the presence map and the flights.
+// A store is what the blobs of one digest and origin share: the file, the presence map and the flights.
 type store struct {
 	cache     *Cache
 	key       storeKey
@@ -29,7 +31,7 @@ type store struct {
 	buffers    sync.Pool      // *[]byte of chunkSize; a flight that receives holds one
 	heard      atomic.Int64   // when the last byte came from the network
 
-	mu sync.Mutex // guards what follows, Blob.onComplete, pending.flight, flight.receiving, Blob.closed going up, and bits going up
+	mu sync.Mutex // guards what follows, Blob.onComplete, pending.flight, pending.disputed, flight.receiving, Blob.closed going up, and bits going up
 	// inflight has every chunk that somebody is to bring; it is never present at the same time.
 	inflight map[int64]*pending
 	// stream is the flight that reads the whole blob, if there is one, and streamNext the first chunk that it can
@@ -40,8 +42,16 @@ type store struct {
 	leased     bitmap        // regions whose shared lock is ours
 	locks      map[int64]int // chunks whose lock is ours; for how many flights
 	// known has the chunks that are on disk as far as we know: another process may have fetched or evicted some.
-	known  bitmap
-	stored []int64 // what the disk has of used
+	known bitmap
+	// passed has the known chunks that a hook, a Fetcher that vouches, or an examination of the whole was content with in
+	// this process. It is read without the mutex.
+	passed bitmap
+	exams  map[*exam]struct{} // under way
+	// intakes are those of chunks that did not pass by themselves.
+	intakes map[int64]intake
+	seed    maphash.Seed // for intakes; does not change
+	changed bool         // a chunk was not the same the next time
+	stored  []int64      // what the disk has of used
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
@@ -55,8 +65,11 @@ type pending struct {
 	flight *flight       // that brings it
 	ahead  bool          // nobody had asked for it when it was claimed; flight and ahead are guarded by store.mu
 	done   chan struct{} // closed when the chunk is there or failed; what follows does not change after that
-	err    error
-	data   []byte // the chunk, where the disk could not keep it
+	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
+	// is neither looked at again nor overwritten, and what is fetched goes to those who wait and nowhere else.
+	disputed bool
+	err      error
+	data     []byte // the chunk, where the disk could not keep it
 }
 
 type counters struct {
@@ -78,7 +91,7 @@ type Stats struct {
 
 // newStore opens the file of a blob. The caller has the directory's lock.
 func newStore(c *Cache, key storeKey, size int64) (*store, error) {
-	d, err := c.openDisk(key.digest, size, key.unit)
+	d, err := c.openDisk(key.name, size, key.unit)
 	if err != nil {
 		return nil, err
 	}
@@ -86,7 +99,7 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 	s := &store{
 		cache:     c,
 		key:       key,
-		digest:    key.digest,
+		digest:    d.digest,
 		size:      size,
 		chunkSize: cs,
 		chunks:    chunks,
@@ -97,6 +110,10 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 		leased:    newBitmap(d.regions),
 		locks:     make(map[int64]int),
 		known:     newBitmap(chunks),
+		passed:    newBitmap(chunks),
+		exams:     make(map[*exam]struct{}),
+		intakes:   make(map[int64]intake),
+		seed:      maphash.MakeSeed(),
 		inflight:  make(map[int64]*pending),
 		fresh:     newBitmap(chunks),
 		blobs:     make(map[*Blob]struct{}),
@@ -144,6 +161,7 @@ func (s *store) learn(chunk int64) {
 func (s *store) unlearn(chunk int64) {
 	if s.known.has(chunk) {
 		s.known.clear(chunk)
+		s.passed.clear(chunk)
 		s.counters.chunksPresent.Add(-1)
 	}
 }
@@ -177,18 +195,39 @@ func (s *store) use(first, end int64) {
 // perFlight is how many chunks one Fetch asks for at most.
 func (s *store) perFlight() int64 { return max(s.cache.options.MaxSpan/s.chunkSize, 1) }
 
-// completed tells those who want to know it once that every chunk is here. The caller holds s.mu.
+// completed tells those who want to know it that every chunk is here. The caller holds s.mu.
 func (s *store) completed() {
 	if s.counters.chunksPresent.Load() < s.chunks {
 		return
 	}
 	for b := range s.blobs {
+		if b.completed && (s.passed.all(0, s.chunks) || time.Now().Before(b.rest)) {
+			continue
+		}
 		if f := b.onComplete; f != nil {
-			b.onComplete = nil
-			b.flights.Go(f)
+			b.onComplete, b.completed = nil, true
+			b.flights.Go(func() { b.complete(f) })
 		}
 	}
 }
+
+// complete tells that every chunk is here, and remembers who wants to hear it again.
+func (b *Blob) complete(f func() bool) {
+	began := time.Now()
+	if f() {
+		return
+	}
+	b.store.mu.Lock()
+	defer b.store.mu.Unlock()
+	b.onComplete = f
+	b.rest = time.Now().Add(min(restShare*time.Since(began), mostRest))
+}
+
+// What a whole blob is asked for, as a rule, takes a second for each GiB.
+const (
+	restShare = 10
+	mostRest  = 10 * time.Minute
+)
 
 // span gives the chunks [first, end) that n > 0 bytes from off lie in.
 func (s *store) span(off int64, n int) (first, end int64) {

@@ -110,18 +110,19 @@ func TestOnComplete(t *testing.T) {
 		s := newServer(5 * cs)
 		c := openCache(t, Options{Readahead: -1})
 		var b *Blob
-		b = openWith(t, c, s, OpenOptions{ChunkSize: cs, OnComplete: func() {
+		b = openWith(t, c, s, OpenOptions{ChunkSize: cs, OnComplete: func() bool {
 			if err := readNow(ctx, b, s, 0, 5*cs); err != nil { // no lock is held, and all is here
 				t.Error(err)
 			}
 			calls.Add(1)
+			return true
 		}})
 		readChunks(t, b, s, 0, 1, 2, 4)
 		if calls.Load() != 0 {
 			t.Error("called before all was here")
 		}
 		readChunks(t, b, s, 3, 3, 0)
-		openWith(t, c, s, OpenOptions{ChunkSize: cs, OnComplete: func() { late.Add(1) }})
+		openWith(t, c, s, OpenOptions{ChunkSize: cs, OnComplete: func() bool { late.Add(1); return true }})
 		synctest.Wait()
 		if calls.Load() != 1 || late.Load() != 1 {
 			t.Errorf("called %d times, and %d times for who came when all was here", calls.Load(), late.Load())
