@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -36,9 +37,9 @@ const (
 // A wrongError is found when it is too late: bytes were read that are not the blob's.
 type wrongError struct{ err error }
 
-func (e *wrongError) Error() string {
-	return fmt.Sprintf("what was read is not what the manifest says: %v", e.err)
-}
+const wrongPrefix = "what was read is not what the manifest says: "
+
+func (e *wrongError) Error() string { return wrongPrefix + e.err.Error() }
 
 func (e *wrongError) Unwrap() error { return e.err }
 
@@ -72,6 +73,9 @@ type layerSource struct {
 	right   atomic.Bool   // it has the digest
 	wrong   atomic.Pointer[wrongError]
 	onWrong func(error) // called once
+
+	changed chan struct{}  // closed when the blob was found to have changed
+	aside   sync.WaitGroup // of awaitChange
 }
 
 // A layerOpener opens the layers of one image.
@@ -86,6 +90,7 @@ type layerOpener struct {
 	say    func(format string, args ...any) // to the user
 	// onWrong is told when the bytes of a layer turn out to be wrong.
 	onWrong func(error)
+	same    sameBlobs
 }
 
 // open opens a layer of the image. It costs no request where parts cannot be verified, and
@@ -99,7 +104,7 @@ func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSourc
 	if err != nil && o.verify != verifyOff {
 		return nil, fmt.Errorf("%w; --verify=off would not look at it", err)
 	}
-	s := &layerSource{digest: l.Digest.String(), by: byNothing, log: o.log, open: make(chan struct{}), checked: make(chan struct{}), onWrong: o.onWrong}
+	s := &layerSource{digest: l.Digest.String(), by: byNothing, log: o.log, open: make(chan struct{}), checked: make(chan struct{}), changed: make(chan struct{}), onWrong: o.onWrong}
 	// The check of the whole ends with the source.
 	s.life, s.end = context.WithCancel(context.Background())
 	if v.Compressed {
@@ -188,7 +193,7 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registr
 		return fmt.Errorf("blob %s: %w", blob.Digest(), errUnverifiable)
 	}
 	s.check = s.digest
-	return o.cached(s, s.digest, blob, blob.Size(), blobcache.OpenOptions{OnComplete: s.checkWhole})
+	return o.cached(s, s.digest, blob, blob.Size(), blobcache.OpenOptions{Verify: o.same.join(s).Verify, OnComplete: s.checkWhole})
 }
 
 // openCompressed opens an image in zstd frames: chunk by chunk where there is an index.
@@ -260,8 +265,13 @@ func (s *layerSource) checkWhole() {
 
 // poison has every read fail from now on.
 func (s *layerSource) poison(err error) {
-	wrong := &wrongError{err}
-	s.wrong.Store(wrong)
+	if wrong := (&wrongError{err}); s.wrong.CompareAndSwap(nil, wrong) {
+		s.revoke(wrong)
+	}
+}
+
+// revoke does what is to be done once, when every read fails.
+func (s *layerSource) revoke(wrong *wrongError) {
 	s.log.Error("every read fails from now on", "blob", s.digest, "err", wrong)
 	// The next mount is not to find it. A cache that ends with the mount has no next one.
 	if b, ok := s.bytes.(interface{ Purge() error }); ok {
@@ -331,7 +341,7 @@ func (s *layerSource) status() backend.LayerStatus {
 		}
 		off = end
 	}
-	if s.right.Load() {
+	if s.right.Load() && s.wrong.Load() == nil {
 		st.By = byBlob
 	}
 	if st.By != byNothing {
@@ -350,6 +360,7 @@ func (s *layerSource) unsure() bool { return s.check != "" }
 func (s *layerSource) Close() error {
 	var errs []error
 	s.end()
+	s.aside.Wait()
 	if s.bytes != nil {
 		errs = append(errs, s.bytes.Close())
 	}
