@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -91,6 +92,7 @@ type layerOpener struct {
 	// onWrong is told when the bytes of a layer turn out to be wrong.
 	onWrong func(error)
 	same    sameBlobs
+	room    func(*os.File) (int64, error) // roomOf, if nil
 }
 
 // open opens a layer of the image. It costs no request where parts cannot be verified, and
