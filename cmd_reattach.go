@@ -106,6 +106,9 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
+	if rec.Wrong != "" {
+		src.foundWrong(rec.Wrong)
+	}
 	mounted, err := takeOver(ctx, rec, devices, src, log.Logger)
 	if err != nil {
 		return err

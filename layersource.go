@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,9 +37,9 @@ const (
 // A wrongError is found when it is too late: bytes were read that are not the blob's.
 type wrongError struct{ err error }
 
-func (e *wrongError) Error() string {
-	return fmt.Sprintf("what was read is not what the manifest says: %v", e.err)
-}
+const wrongPrefix = "what was read is not what the manifest says: "
+
+func (e *wrongError) Error() string { return wrongPrefix + e.err.Error() }
 
 func (e *wrongError) Unwrap() error { return e.err }
 
@@ -79,6 +80,8 @@ type layerSource struct {
 	right   atomic.Bool   // it has the digest
 	wrong   atomic.Pointer[wrongError]
 	onWrong func(error) // called once
+
+	changed chan struct{} // closed when the blob was found to have changed
 }
 
 // A layerOpener opens the layers of one image.
@@ -93,6 +96,7 @@ type layerOpener struct {
 	say    func(format string, args ...any) // to the user
 	// onWrong is told when the bytes of a layer turn out to be wrong.
 	onWrong func(error)
+	room    func(*os.File) (int64, error) // roomOf, if nil
 }
 
 // open opens a layer of the image. It costs no request where parts cannot be verified, and
@@ -106,7 +110,7 @@ func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSourc
 	if err != nil && o.verify != verifyOff {
 		return nil, fmt.Errorf("%w; --verify=off would not look at it", err)
 	}
-	s := &layerSource{digest: l.Digest.String(), by: byNothing, log: o.log, open: make(chan struct{}), checked: make(chan struct{}), onWrong: o.onWrong}
+	s := &layerSource{digest: l.Digest.String(), by: byNothing, log: o.log, open: make(chan struct{}), checked: make(chan struct{}), changed: make(chan struct{}), onWrong: o.onWrong}
 	// The check of the whole ends with the source.
 	s.life, s.end = context.WithCancel(context.Background())
 	if v.Compressed {
@@ -286,9 +290,14 @@ func (s *layerSource) checkWhole() (done bool) {
 
 // poison has every read fail from now on.
 func (s *layerSource) poison(err error) {
-	wrong := &wrongError{err}
-	s.wrong.Store(wrong)
-	s.right.Store(false)
+	if wrong := (&wrongError{err}); s.wrong.CompareAndSwap(nil, wrong) {
+		s.right.Store(false)
+		s.revoke(wrong)
+	}
+}
+
+// revoke does what is to be done once, when every read fails.
+func (s *layerSource) revoke(wrong *wrongError) {
 	s.log.Error("every read fails from now on", "blob", s.digest, "err", wrong)
 	// The next mount is not to find it.
 	if err := s.cached.Purge(); err != nil {
@@ -360,7 +369,7 @@ func (s *layerSource) status() backend.LayerStatus {
 		}
 		off = end
 	}
-	if s.right.Load() {
+	if s.right.Load() && s.wrong.Load() == nil {
 		st.By = byBlob
 	}
 	for off := int64(0); off < s.size; {

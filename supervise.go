@@ -66,7 +66,7 @@ func (s *supervisor) detach(p *program, log *serverLog) error {
 // watch waits for one server after the other, until the mount has ended.
 func (s *supervisor) watch(ctx context.Context, worker *exec.Cmd, signals <-chan os.Signal) error {
 	for {
-		err := waitForwarding(worker, signals)
+		err := workerEnded(waitForwarding(worker, signals))
 		e, ok, findErr := s.run.Find(s.dir)
 		if findErr != nil || !ok || e.State != backend.Orphaned {
 			return errors.Join(err, findErr)
@@ -76,6 +76,15 @@ func (s *supervisor) watch(ctx context.Context, worker *exec.Cmd, signals <-chan
 			return err
 		}
 	}
+}
+
+// workerEnded is err, with the exit code of a server whose bytes turned out to be wrong.
+func workerEnded(err error) error {
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != exitWrong {
+		return err
+	}
+	return &backend.ChildError{Text: "what was read turned out to be wrong, as the server has said", Code: exitWrong}
 }
 
 // waitForwarding waits for the worker and hands signals on to it.

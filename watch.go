@@ -101,6 +101,14 @@ func (w *mountWatch) revoke(why error) {
 	}
 }
 
+// foundWrong has every read fail, from the first one on: an earlier server of the mount found
+// out why, and what it had to do it did.
+func (o *opened) foundWrong(why string) {
+	for _, l := range o.layers {
+		l.blob.wrong.Store(&wrongError{errors.New(strings.TrimPrefix(why, wrongPrefix))})
+	}
+}
+
 // recordedWrong is an error if the mount on dir is recorded to be wrong. What else there is
 // to say of the record others say.
 func recordedWrong(run *backend.RunDir, dir string) error {

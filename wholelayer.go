@@ -53,8 +53,8 @@ func (f *wholeFile) Present(int64) (present bool, end int64) { return true, f.si
 // Passed is that of a blobcache.Blob: it was verified before it was decompressed.
 func (f *wholeFile) Passed(int64) (passed bool, end int64) { return true, f.size }
 
-// openWhole fetches a blob that can only be read from front to back, verifies all of it,
-// and decompresses it into the cache directory. What is wrong is fetched again, from
+// openWhole fetches a blob that can only be read from front to back, verifies all of it, and
+// only then decompresses it into the cache directory. What is wrong is fetched again, from
 // elsewhere if there is another place.
 func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
 	o.say("blob %s is compressed, without an index that says where its parts are: all of its %d bytes are fetched first", blob.Digest(), blob.Size())
@@ -64,9 +64,14 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *regis
 	}
 	f := &wholeFile{File: file}
 	s.bytes = f // to be closed, whatever happens
-	err = o.fetchWhole(ctx, f, blob, v, nil)
-	for try := 0; try < blob.Places() && wrongWhole(err); try++ {
-		err = o.fetchWhole(ctx, f, blob, v, err)
+	stored, err := unnamedFile(o.dir)
+	if err != nil {
+		return err
+	}
+	defer stored.Close() // it has no name, and is of no use any more
+	err = o.fetchAndDecompress(ctx, f, stored, blob, v, nil)
+	for try := 0; try < blob.Places() && o.wrongWhole(err); try++ {
+		err = o.fetchAndDecompress(ctx, f, stored, blob, v, err)
 	}
 	if errors.Is(err, syscall.ENOSPC) {
 		err = fmt.Errorf("%w; choose a directory with more room by --cache-dir", err)
@@ -81,18 +86,41 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *regis
 	return nil
 }
 
-// wrongWhole says that what came was not what it should be.
-func wrongWhole(err error) bool {
+// wrongWhole says that what came was not what it should be. Frames that cannot be
+// decompressed are the image's fault where they have its digest.
+func (o *layerOpener) wrongWhole(err error) bool {
 	var wrong *wrongError
-	return errors.As(err, &wrong) || errors.Is(err, integrity.ErrCorrupt)
+	return errors.As(err, &wrong) || o.verify == verifyOff && errors.Is(err, integrity.ErrCorrupt)
 }
 
-// fetchWhole makes f what the blob decompresses to. why is what was wrong the last time.
-func (o *layerOpener) fetchWhole(ctx context.Context, f *wholeFile, blob *registry.Blob, v registry.Vouched, why error) error {
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
+// fetchAndDecompress makes stored the blob, and f what it decompresses to. why is what was
+// wrong the last time.
+func (o *layerOpener) fetchAndDecompress(ctx context.Context, f *wholeFile, stored *os.File, blob *registry.Blob, v registry.Vouched, why error) error {
+	for _, file := range []*os.File{stored, f.File} {
+		if err := rewind(file); err != nil {
+			return err
+		}
+		if err := file.Truncate(0); err != nil {
+			return err
+		}
+	}
+	if err := o.fetchWhole(ctx, stored, blob, why); err != nil {
 		return err
 	}
-	if err := f.Truncate(0); err != nil {
+	if err := rewind(stored); err != nil {
+		return err
+	}
+	return o.decompressWhole(ctx, f, stored, v)
+}
+
+func rewind(f *os.File) error {
+	_, err := f.Seek(0, io.SeekStart)
+	return err
+}
+
+// fetchWhole makes stored the blob, which has its digest then.
+func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *registry.Blob, why error) error {
+	if err := o.checkRoom(stored, blob.Size()); err != nil {
 		return err
 	}
 	fetch := blob.Fetch
@@ -109,28 +137,93 @@ func (o *layerOpener) fetchWhole(ctx context.Context, f *wholeFile, blob *regist
 	if start != 0 {
 		return fmt.Errorf("its body starts at %d", start)
 	}
-	stored, plain := blob.Digest().Algorithm().Hash(), digest.Canonical
-	if v.Uncompressed != "" {
-		plain = v.Uncompressed.Algorithm()
-	}
-	image := plain.Hash()
-	raw := io.TeeReader(body, stored)
-	if f.size, err = chunked.Decompress(io.MultiWriter(f, image), raw, maxDecompressed); err != nil {
+	sum := blob.Digest().Algorithm().Hash()
+	// One byte more than there may be: a longer body is noticed, and is not kept.
+	n, err := io.Copy(io.MultiWriter(stored, sum), io.LimitReader(body, blob.Size()+1))
+	if err != nil {
 		return err
 	}
-	if _, err := io.Copy(io.Discard, raw); err != nil { // what the decompressor had no need of
-		return err
+	if n != blob.Size() {
+		return &wrongError{fmt.Errorf("its body has %d bytes or more, and it has %d", n, blob.Size())}
 	}
 	if o.verify == verifyOff {
 		return nil
 	}
-	if got := digest.NewDigest(blob.Digest().Algorithm(), stored); got != blob.Digest() {
+	if got := digest.NewDigest(blob.Digest().Algorithm(), sum); got != blob.Digest() {
 		return &wrongError{fmt.Errorf("it was changed: its digest is %s", got)}
 	}
-	if got := digest.NewDigest(plain, image); v.Uncompressed != "" && got != v.Uncompressed {
+	return nil
+}
+
+// decompressWhole makes f what the frames in stored hold, as long as there is room: no
+// annotation says how much that is.
+func (o *layerOpener) decompressWhole(ctx context.Context, f *wholeFile, stored io.Reader, v registry.Vouched) (err error) {
+	plain := digest.Canonical
+	if v.Uncompressed != "" {
+		plain = v.Uncompressed.Algorithm()
+	}
+	image := plain.Hash()
+	to := &roomWriter{ctx: ctx, opener: o, file: f.File}
+	if f.size, err = chunked.Decompress(io.MultiWriter(to, image), stored, maxDecompressed); err != nil {
+		return err
+	}
+	if got := digest.NewDigest(plain, image); o.verify != verifyOff && v.Uncompressed != "" && got != v.Uncompressed {
 		return fmt.Errorf("it decompresses to %s, and the manifest says to %s", got, v.Uncompressed)
 	}
 	return nil
+}
+
+// roomStep is how much is decompressed before somebody looks how much room there is.
+const roomStep = 64 << 20
+
+// A roomWriter writes to a file as long as its file system has room.
+type roomWriter struct {
+	ctx    context.Context
+	opener *layerOpener
+	file   *os.File
+	left   int64 // of a step
+}
+
+func (w *roomWriter) Write(p []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	if w.left < int64(len(p)) {
+		if err := w.opener.checkRoom(w.file, int64(len(p))); err != nil {
+			return 0, err
+		}
+		w.left = max(roomStep, int64(len(p)))
+	}
+	n, err := w.file.Write(p)
+	w.left -= int64(n)
+	return n, err
+}
+
+// checkRoom is an error if the file system of f had less than --cache-min-free left after n
+// more bytes.
+func (o *layerOpener) checkRoom(f *os.File, n int64) error {
+	keep := max(o.cache.MinFree(), 0)
+	room := o.room
+	if room == nil {
+		room = roomOf
+	}
+	free, err := room(f)
+	if err != nil {
+		return err
+	}
+	if free >= keep && n <= free-keep {
+		return nil
+	}
+	return fmt.Errorf("%s has %d bytes free, of which %d are to stay free (--cache-min-free), and %d more are needed at least: %w", o.dir, free, keep, n, syscall.ENOSPC)
+}
+
+// roomOf is how much can be written where f is.
+func roomOf(f *os.File) (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Fstatfs(int(f.Fd()), &st); err != nil {
+		return 0, fmt.Errorf("statfs %s: %w", f.Name(), err)
+	}
+	return int64(st.Bavail) * int64(st.Frsize), nil
 }
 
 // unnamedFile is a file in dir that nobody else can open.

@@ -1,6 +1,7 @@
 package blobcache
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"time"
@@ -26,6 +27,11 @@ func (f *flight) fromDisk() error {
 			continue
 		}
 		if buffer == nil {
+			release, err := f.prepare(chunk)
+			if err != nil {
+				return err
+			}
+			defer release()
 			if err := s.cache.loads.Acquire(b.ctx, 1); err != nil {
 				return err
 			}
@@ -38,6 +44,23 @@ func (f *flight) fromDisk() error {
 		}
 	}
 	return nil
+}
+
+// A preparer is a Fetcher that may need the network to verify, and can have what it needs beforehand: with nobody
+// waiting in line behind it for a turn at the disk. What it has stays until release is called.
+type preparer interface {
+	Prepare(ctx context.Context, off, n int64) (release func(), err error)
+}
+
+// prepare has the chunks of f from this one on be verified without the network.
+func (f *flight) prepare(chunk int64) (release func(), err error) {
+	b, s := f.blob, f.blob.store
+	p, ok := b.fetcher.(preparer)
+	if !ok || b.verify == nil {
+		return func() {}, nil
+	}
+	off := chunk * s.chunkSize
+	return p.Prepare(b.ctx, off, min(f.end*s.chunkSize, s.size)-off)
 }
 
 // owing gives a chunk that f is to bring, or nil.

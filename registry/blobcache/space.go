@@ -85,6 +85,9 @@ func newSpace(c *Cache) (*space, error) {
 	return s, nil
 }
 
+// MinFree is how many bytes of the directory's file system are left free; negative if there is no such limit.
+func (c *Cache) MinFree() int64 { return c.space.free }
+
 // register makes this process one of those that live. The first one counts.
 func (s *space) register() error {
 	return s.locked(context.Background(), func() error {

@@ -30,12 +30,14 @@ type Verifier struct {
 	mu     sync.Mutex
 	blocks map[int64]*list.Element // guarded by mu; by offset, of *hashBlock
 	recent list.List               // guarded by mu; of *hashBlock, the last used first
+	pinned int                     // guarded by mu; how many of them have pins
 }
 
 // A hashBlock has been verified. Its data does not change.
 type hashBlock struct {
 	off  int64
 	data []byte
+	pins int // who want it remembered; guarded by Verifier.mu
 }
 
 // NewVerifier makes a verifier that reads hash blocks by read.
@@ -82,6 +84,50 @@ func (r *Verifier) VerifyRoot(ctx context.Context) error {
 	}
 	_, err := r.digests(ctx, len(r.tree.levels)-1, 0)
 	return err
+}
+
+// Pin reads and verifies the hash block that has the digest of the data block at off, and
+// what is above it, and has it remembered until unpin is called, once: until then Verify
+// reads nothing for the data from off up to end. The memory is the caller's to bound, beside
+// CacheBytes. Its errors are those of Verify; then there is nothing to unpin, but end is
+// said nevertheless where off lies in the data.
+func (r *Verifier) Pin(ctx context.Context, off int64) (end int64, unpin func(), err error) {
+	v, size := r.tree, int64(r.tree.block)
+	if off < 0 || off >= v.dataSize() {
+		return off, nil, fmt.Errorf("integrity: byte %d is not of the %d bytes that dm-verity covers", off, v.dataSize())
+	}
+	if len(v.levels) == 0 {
+		return v.dataSize(), func() {}, nil
+	}
+	n := off / size / v.fanout
+	end = min((n+1)*v.fanout*size, v.dataSize())
+	data, err := r.digests(ctx, 0, n)
+	if err != nil {
+		return end, nil, err
+	}
+	at := v.levels[0].off + n*size
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.blocks[at]
+	if e == nil { // forgotten since
+		e = r.recent.PushFront(&hashBlock{off: at, data: data})
+		r.blocks[at] = e
+	}
+	b := e.Value.(*hashBlock)
+	if b.pins++; b.pins == 1 {
+		r.pinned++
+	}
+	r.trim()
+	return end, func() { r.unpin(b) }, nil
+}
+
+func (r *Verifier) unpin(b *hashBlock) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if b.pins--; b.pins == 0 {
+		r.pinned--
+		r.trim()
+	}
 }
 
 // digests is block n of the level, verified. What is above the highest level is the root
@@ -146,10 +192,18 @@ func (r *Verifier) remember(off int64, data []byte) {
 	if r.blocks[off] != nil {
 		return // another reader was as quick
 	}
-	r.blocks[off] = r.recent.PushFront(&hashBlock{off, data})
-	if r.recent.Len() > r.max {
-		e := r.recent.Back()
-		r.recent.Remove(e)
-		delete(r.blocks, e.Value.(*hashBlock).off)
+	r.blocks[off] = r.recent.PushFront(&hashBlock{off: off, data: data})
+	r.trim()
+}
+
+// trim forgets what was not used for longest, but for what is pinned. The caller holds mu.
+func (r *Verifier) trim() {
+	for e := r.recent.Back(); e != nil && r.recent.Len() > r.max+r.pinned; {
+		b, before := e.Value.(*hashBlock), e.Prev()
+		if b.pins == 0 {
+			r.recent.Remove(e)
+			delete(r.blocks, b.off)
+		}
+		e = before
 	}
 }

@@ -41,8 +41,16 @@
 // the blocks that were verified. A random reader of an image of more than 2 GiB fetches
 // parts twice.
 //
+// Who has a connection, and waits for a part of the tree that needs another one, may wait for
+// ever where connections are few. So the parts that a range needs are fetched before its
+// body is, and their blocks stay until the body is closed: see Tree.Prepare. The exception
+// is what a server sends beyond the range that it was asked for, since it does not know
+// ranges.
+//
 // # Without either
 //
 // [CheckWhole] is what is left: the digest of the blob, when every byte of it is here.
-// Until then nothing is known, and nothing here says otherwise.
+// Until then nothing is known, and nothing here says otherwise. It is the digest of what
+// is there at that moment; [Same] sees to it that this is what was there before, and what
+// will be there.
 package verified

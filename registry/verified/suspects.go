@@ -93,8 +93,7 @@ func (s *suspects) fetchBefore(ctx context.Context, off, n, size, total int64, t
 	if err != nil || start != off {
 		return body, start, blob, err
 	}
-	front := &exactly{body, size - off}
-	return &joined{io.MultiReader(front, tail(size, off+n-size)), body}, start, blob, nil
+	return &joined{&exactly{body, size - off}, body, tail(size, off+n-size)}, start, blob, nil
 }
 
 // exactly is the first left bytes of a body, and an error if there are fewer.
@@ -118,8 +117,29 @@ func (e *exactly) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// joined is a body, and what follows it.
+// joined is a body, and what follows it. To read that may need a connection, and the body
+// has one: it is closed before.
 type joined struct {
-	io.Reader
-	io.Closer
+	front *exactly
+	body  io.Closer // nil: closed
+	tail  io.Reader
+}
+
+func (j *joined) Read(p []byte) (int, error) {
+	if j.body != nil {
+		if n, err := j.front.Read(p); err != io.EOF {
+			return n, err
+		}
+		j.Close() // what is wanted of it was read
+	}
+	return j.tail.Read(p)
+}
+
+func (j *joined) Close() error {
+	if j.body == nil {
+		return nil
+	}
+	body := j.body
+	j.body = nil
+	return body.Close()
 }

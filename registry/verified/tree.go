@@ -26,6 +26,7 @@ type Tree struct {
 	verifier *integrity.Verifier
 	parts    *parts
 	size     int64 // of the data
+	wrongLeaves
 }
 
 // OpenTree reads the beginning of the tree that root speaks of, with one GET, and
@@ -80,11 +81,21 @@ func (t *Tree) open(ctx context.Context, root integrity.VerityRoot) error {
 func (t *Tree) Size() int64 { return t.size }
 
 // Fetch is a Fetcher's. What it is asked for of the tree, as by a cache that reads ahead, is
-// not fetched twice.
+// not fetched twice. What Verify needs of the tree for these bytes is had before the body
+// is, which keeps a connection until it is read: see Prepare.
 func (t *Tree) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
-	return t.fetchBefore(ctx, off, n, t.size, t.parts.end, func(at, n int64) io.Reader {
+	release, err := t.Prepare(ctx, off, n)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	body, start, total, err = t.fetchBefore(ctx, off, n, t.size, t.parts.end, func(at, n int64) io.Reader {
 		return &partsReader{ctx: ctx, parts: t.parts, off: at, end: at + n}
 	})
+	if err != nil {
+		release()
+		return nil, 0, 0, err
+	}
+	return &prepared{body, release}, start, total, nil
 }
 
 // A partsReader reads parts of the tree one after the other.
@@ -115,6 +126,9 @@ func (t *Tree) Verify(ctx context.Context, p []byte, off int64) error {
 		return nil
 	}
 	data := p[:min(int64(len(p)), t.size-off)]
+	if err := t.wrongLeaf(off, off+int64(len(data))); err != nil {
+		return &WrongError{Err: err, Last: true}
+	}
 	for try := again(t.blob); ; try-- {
 		err := t.verifier.Verify(ctx, data, off)
 		if err == nil {
