@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/erofs-oci/erofs-oci/backend"
+	"golang.org/x/sys/unix"
+
 	"github.com/erofs-oci/erofs-oci/fusefs"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/require"
@@ -29,22 +31,23 @@ func TestRevoke(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	var files []*os.File
+	// Not os.File: its poller asks about a file of ours, and with one processor nobody is left to answer.
+	var files []int
 	defer func() {
 		for _, f := range files {
-			f.Close()
+			unix.Close(f)
 		}
 	}()
 	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() || len(files) == 20 {
 			return err
 		}
-		f, err := os.Open(path)
+		if st, err := e.Info(); err != nil || st.Size() == 0 {
+			return err // nothing of an empty file is kept
+		}
+		f, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return err
-		}
-		if st, err := f.Stat(); err != nil || st.Size() == 0 {
-			return errors.Join(err, f.Close()) // nothing of an empty file is kept
 		}
 		files = append(files, f)
 		return nil
@@ -52,13 +55,13 @@ func TestRevoke(t *testing.T) {
 	if err != nil || len(files) == 0 {
 		t.Fatalf("%d files, %v", len(files), err)
 	}
-	read := func(f *os.File) error {
-		st, err := f.Stat()
-		if err != nil {
-			return err
+	read := func(f int) error {
+		for {
+			_, err := unix.Pread(f, make([]byte, 1<<20), 0)
+			if !errors.Is(err, unix.EINTR) {
+				return err
+			}
 		}
-		_, err = f.ReadAt(make([]byte, min(st.Size(), 1<<20)), 0)
-		return err
 	}
 	var failures []error
 	for _, f := range files {
@@ -95,7 +98,7 @@ func TestRevoke(t *testing.T) {
 	}
 	for _, f := range files {
 		if err := read(f); !errors.Is(err, syscall.EIO) {
-			t.Errorf("%s: %v", f.Name(), err)
+			t.Errorf("file %d: %v", f, err)
 		}
 	}
 	if _, err := os.ReadDir(dir); !errors.Is(err, syscall.EIO) {
