@@ -34,7 +34,7 @@ func layoutFlags() []cli.Flag {
 		&cli.IntFlag{Name: "workers", Usage: "compress with `N` goroutines, 1 to 8; the image is the same", DefaultText: "one for each processor"},
 		&cli.StringFlag{Name: "max-size", Usage: "refuse a tree whose files have more than `SIZE` together", DefaultText: "no limit"},
 		&cli.StringFlag{Name: "tmp", EnvVars: []string{"TMPDIR"}, Usage: "keep temporary files in `DIR`: of a container image as much as its layers have uncompressed, and as much as the image to be", DefaultText: "$TMPDIR, or /var/tmp"},
-		&cli.StringFlag{Name: "tmp-limit", Usage: "keep at most `SIZE` of layers there", DefaultText: "no limit"},
+		&cli.StringFlag{Name: "tmp-limit", Usage: "keep at most `SIZE` of layers there, and at most as much of what they are made of: the data of archives that cannot be read again, and compressed data", DefaultText: "no limit"},
 		&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "say nothing but the digest at the end"},
 	}
 }
@@ -176,6 +176,6 @@ func tempDir(flag string) string {
 // newBuilder begins an image in w.
 func (l *layout) newBuilder(w *os.File, progress func(files, bytes int64)) (*mkerofs.Builder, error) {
 	o := l.options
-	o.Progress = progress
+	o.Progress, o.TempLimit = progress, l.tmpLimit
 	return mkerofs.New(w, o)
 }

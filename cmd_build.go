@@ -161,6 +161,8 @@ func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerof
 func (lay *layout) advise(err error) error {
 	var path *os.PathError
 	switch {
+	case errors.Is(err, mkerofs.ErrTempLimit):
+		return fmt.Errorf("%w; --tmp-limit allows more", err)
 	case errors.Is(err, mkerofs.ErrTooMuch):
 		return fmt.Errorf("%w; --max-size allows more", err)
 	case errors.Is(err, unix.ENOSPC) && errors.As(err, &path) && filepath.Dir(path.Path) == filepath.Clean(lay.tmp):

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"compress/gzip"
 	"errors"
 	"io"
 	"os"
@@ -198,5 +199,37 @@ func TestBuildRefusesWhatDoesNothing(t *testing.T) {
 	}
 	if code, third, _ := command(t, "build", "-q", "--overwrite", "--source-date-epoch=1", "-o", out, dir); code != 0 || third != again || first == "" {
 		t.Errorf("%d: %s, then %s", code, again, third)
+	}
+}
+
+// TestBuildTempLimit: what an archive that cannot be read again is kept in counts, too, and an empty file is no archive.
+func TestBuildTempLimit(t *testing.T) {
+	dir := t.TempDir()
+	archive := tarOf(t, "a = "+strings.Repeat("x", 100_000))
+	var compressed bytes.Buffer
+	w := gzip.NewWriter(&compressed)
+	_, err := w.Write(archive)
+	err = errors.Join(err, w.Close(), os.WriteFile(dir+"/a.tar.gz", compressed.Bytes(), 0o600), os.WriteFile(dir+"/e.tar", nil, 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		said string
+	}{
+		{[]string{"--tmp-limit=64KiB", dir + "/a.tar.gz"}, "--tmp-limit allows more"},
+		{[]string{"--max-size=64KiB", dir + "/a.tar.gz"}, "--max-size"},
+		{[]string{dir + "/e.tar"}, "is empty"},
+	} {
+		code, _, stderr := command(t, append([]string{"build", "-o", dir + "/out"}, c.args...)...)
+		if code != exitFailure || !strings.Contains(stderr, c.said) {
+			t.Errorf("%q: %d, %s", c.args, code, stderr)
+		}
+	}
+	if code, _, stderr := command(t, "build", "-o", dir+"/out", "--tmp-limit=256KiB", dir+"/a.tar.gz"); code != 0 {
+		t.Error(stderr)
+	}
+	if left, err := filepath.Glob(dir + "/.out*"); err != nil || len(left) > 0 {
+		t.Errorf("%v, %v", left, err)
 	}
 }

@@ -218,7 +218,7 @@ func (t *tarTree) fill(ctx context.Context, l *mkerofs.Layers) (err error) {
 	defer func() { err = errors.Join(err, archive.Close()) }()
 	if t.file != nil && archive.Compression() == tarlayer.None {
 		st, err := t.file.Stat()
-		if err == nil && st.Mode().IsRegular() {
+		if err == nil && st.Mode().IsRegular() && st.Size() > 0 {
 			return notArchive(t.name, l.ApplyAt(ctx, t.file, st.Size()))
 		}
 	}
@@ -226,6 +226,9 @@ func (t *tarTree) fill(ctx context.Context, l *mkerofs.Layers) (err error) {
 	if err == nil {
 		// What is behind the archive's end belongs to what was compressed, and its checksum is to be seen.
 		_, err = io.Copy(io.Discard, archive)
+	}
+	if err == nil && archive.Size() == 0 {
+		err = errors.New("is empty; a tar archive has at least two blocks of zeros")
 	}
 	return notArchive(t.name, err)
 }
