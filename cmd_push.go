@@ -236,7 +236,7 @@ func readConfig(file, name string) (document, error) {
 		defer f.Close()
 		d := json.NewDecoder(io.LimitReader(f, maxConfig))
 		if err := d.Decode(&config); err != nil {
-			return nil, fmt.Errorf("--config %s: %w", file, err)
+			return nil, fmt.Errorf("--config %s: not a JSON object: %w", file, err)
 		}
 		if config == nil {
 			return nil, fmt.Errorf("--config %s: not a JSON object", file)
