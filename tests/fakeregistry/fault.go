@@ -121,7 +121,7 @@ type arrival struct {
 func (a *arrival) Read(p []byte) (int, error) {
 	if a.breakAt > 0 {
 		if a.come == a.breakAt {
-			panic(http.ErrAbortHandler)
+			panic(http.ErrAbortHandler) // net/http's way to break the connection off
 		}
 		p = p[:min(int64(len(p)), a.breakAt-a.come)]
 	}
