@@ -56,6 +56,7 @@ var inside = map[string]group{
 		{"OverlayReattached", testOverlayReattached},
 		{"LocalReattached", testLocalReattached},
 		{"Verified", testVerified},
+		{"PoisonedReattached", testPoisonedReattached},
 	}},
 	"layers": {2, []check{
 		{"Layers", testLayers},
