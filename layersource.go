@@ -129,7 +129,7 @@ func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSourc
 // that is known here.
 func (o *layerOpener) index(ctx context.Context, blob *registry.Blob, v registry.Vouched) (*verified.Index, error) {
 	if v.Unknown != "" {
-		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "reason", v.Unknown)
+		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "err", v.Unknown)
 	}
 	if v.Index == nil {
 		return nil, nil

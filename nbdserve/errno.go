@@ -57,5 +57,8 @@ func (l *errorLog) say(message string, args ...any) {
 	dropped := l.dropped
 	l.last, l.dropped = now, 0
 	l.mu.Unlock()
-	l.log.Error(message, append(args, "more_before", dropped)...)
+	if dropped > 0 {
+		args = append(args, "left_out", dropped)
+	}
+	l.log.Error(message, args...)
 }

@@ -93,10 +93,10 @@ func (u *upload) again(ctx context.Context, err error) error {
 	}
 	level := slog.LevelDebug
 	if u.wait.tries == 0 && worthRetrying(err) {
-		level = slog.LevelWarn // the first sign of trouble; what follows repeats it
+		level = slog.LevelInfo // the first sign of trouble; what follows repeats it, and the last word is the caller's
 	}
-	u.session.client.log.Log(ctx, level, "upload interrupted", "repository", u.session.ref.name(),
-		"digest", u.desc.Digest, "offset", u.from, "try", u.wait.tries+1, "err", err)
+	u.session.client.log.Log(ctx, level, "upload interrupted; it goes on where it was", "repository", u.session.ref.name(),
+		"blob", u.desc.Digest, "offset", u.from, "try", u.wait.tries+1, "err", err)
 	u.broken = u.at != nil
 	if lost {
 		return context.Cause(ctx) // nil: at once
