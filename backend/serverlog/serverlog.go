@@ -84,7 +84,7 @@ func ParseLevel(s string) (slog.Level, error) {
 	case "error":
 		return slog.LevelError, nil
 	}
-	return 0, fmt.Errorf("level %q is not known; there are debug, info, warn and error", s)
+	return 0, fmt.Errorf("%q is not known; there are debug, info, warn and error", s)
 }
 
 // ParseFormat reads what a user calls a format.
@@ -95,7 +95,7 @@ func ParseFormat(s string) (json bool, err error) {
 	case "json":
 		return true, nil
 	}
-	return false, fmt.Errorf("format %q is not known; there are text and json", s)
+	return false, fmt.Errorf("%q is not known; there are text and json", s)
 }
 
 // maxText bounds one value of a line, and its message.
