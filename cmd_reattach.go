@@ -127,7 +127,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	rec.PID = os.Getpid()
 	if err := p.announce(claim, log, rec); err != nil {
 		// The mount is served; only who asked does not hear of it.
-		log.Error("announce the reattached mount", "err", err)
+		log.Error("the mount is served again, and who asked for that could not be told", "err", err)
 	}
 	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)

@@ -111,7 +111,7 @@ func (t *gateTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := t.enter(ctx, host, g); err != nil {
 		return nil, err
 	}
-	asked := asked{host, g, time.Now()}
+	asked := asked{host, g, time.Now(), ofMirror(ctx)}
 	resp, err := t.next.RoundTrip(req)
 	if err != nil {
 		t.under.Release(1)
@@ -189,9 +189,10 @@ func (t *gateTransport) pass(host string, g *gate) (wait time.Duration, turn <-c
 
 // An asked request has left, for the host of a gate.
 type asked struct {
-	host string
-	gate *gate
-	at   time.Time
+	host   string
+	gate   *gate
+	at     time.Time
+	mirror bool // nobody waits for this host
 }
 
 // errUnread settles a request whose answer nobody looked at.
@@ -211,7 +212,7 @@ func (t *gateTransport) settle(ctx context.Context, req asked, err error) {
 	trusted, trouble := g.trusted(now), g.trouble
 	switch {
 	case err == nil || neverBetter(err):
-		said = g.wentWell(req.host, now, err)
+		said = g.wentWell(req, now, err)
 		g.heard, g.trouble = now, nil
 	case ctx.Err() == nil && worthRetrying(err):
 		said = g.failed(req, now, err)

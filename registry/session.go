@@ -79,6 +79,9 @@ func (s *session) reading() *patience {
 
 // do sends one request for the repository, by one try. path is relative to it.
 func (s *session) do(ctx context.Context, method, path string, header http.Header) (*http.Response, error) {
+	if s.access.stranger {
+		ctx = forMirror(ctx)
+	}
 	origin, err := s.client.origin(ctx, s.ref.apiHost(), s.access.insecure)
 	if err != nil {
 		return nil, err

@@ -24,6 +24,14 @@ func (l line) write(log *slog.Logger) {
 	}
 }
 
+// mirrorKey marks the requests for a mirror on a host of its own. They have no lines here: a mirror is left, and
+// place.leave says so.
+type mirrorKey struct{}
+
+func forMirror(ctx context.Context) context.Context { return context.WithValue(ctx, mirrorKey{}, true) }
+
+func ofMirror(ctx context.Context) bool { return ctx.Value(mirrorKey{}) != nil }
+
 // failed takes note of when the trouble began that a request met with, and gives the line that is due when it has
 // lasted, or is known to last: one for all requests of all readers.
 func (g *gate) failed(req asked, now time.Time, err error) line {
@@ -35,7 +43,7 @@ func (g *gate) failed(req asked, now time.Time, err error) line {
 	if errors.As(err, &status) {
 		pause = status.retryAfter
 	}
-	if g.said || now.Sub(g.since) < lateAfter && pause < lateAfter {
+	if g.said || req.mirror || now.Sub(g.since) < lateAfter && pause < lateAfter {
 		return line{}
 	}
 	g.said = true
@@ -48,13 +56,14 @@ func (g *gate) failed(req asked, now time.Time, err error) line {
 
 // wentWell gives the line about the end of a trouble. It takes back what the log said, and so has the same level. With
 // an error that no new try would change, whoever asked says what there is to say.
-func (g *gate) wentWell(host string, now time.Time, err error) line {
-	if g.trouble == nil || err != nil {
+func (g *gate) wentWell(req asked, now time.Time, err error) line {
+	if g.trouble == nil || err != nil || req.mirror && !g.said {
 		return line{}
 	}
-	attrs := []slog.Attr{slog.String("host", host), slog.Duration("for", now.Sub(g.since))}
+	host := slog.String("host", req.host)
 	if g.said {
-		return line{slog.LevelWarn, "the host answers again", attrs}
+		return line{slog.LevelWarn, "the host answers again", []slog.Attr{host, slog.Duration("for", now.Sub(g.since))}}
 	}
-	return line{slog.LevelInfo, "a host was in trouble for a moment", append(attrs, slog.Any("err", g.trouble))}
+	// For how long is not known: it may be that nobody asked.
+	return line{slog.LevelInfo, "a host was in trouble for a moment", []slog.Attr{host, slog.Any("err", g.trouble)}}
 }

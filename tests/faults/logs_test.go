@@ -93,7 +93,7 @@ func logTable() []logRow {
 			},
 			want: []wanted{{level: "WARN", message: inTrouble, names: "err for host"}, {level: "WARN", message: answers, names: "for host"}}},
 		{name: "503 once", plan: first(1, status(503))(nil).OnBlobs(),
-			want: []wanted{{level: "INFO", message: moment, names: "err for host"}}},
+			want: []wanted{{level: "INFO", message: moment, names: "err host"}}},
 		{name: "429 and Retry-After", plan: first(1, status(429, "Retry-After", "1"))(nil).OnBlobs(),
 			want: []wanted{{level: "WARN", message: inTrouble, names: "err for host retry_after"}, {level: "WARN", message: answers, names: "for host"}}},
 		{name: "404: it is the reader's error", plan: always(status(404))(nil), fails: true},
