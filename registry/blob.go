@@ -312,8 +312,12 @@ func (s *stream) again(err error, level slog.Level) error {
 		level = slog.LevelDebug // who reads says so
 	}
 	at := s.blob.source.registry()
-	at.client.log.Log(s.ctx, level, "blob read interrupted; it goes on where it was", "repository", at.ref.name(),
-		"blob", s.blob.desc.Digest, "offset", s.pos, "try", s.wait.tries+1, "err", err)
+	log := at.client.log.With("repository", at.ref.name(), "blob", s.blob.desc.Digest, "offset", s.pos, "try", s.wait.tries+1, "err", err)
+	if level == slog.LevelDebug {
+		log.Debug("a try to read a blob failed")
+	} else {
+		log.Log(s.ctx, level, "blob read interrupted; it goes on where it was")
+	}
 	return s.wait.again(s.ctx, err)
 }
 
