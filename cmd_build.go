@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -33,7 +32,7 @@ func (p *program) buildCommand() *cli.Command {
 		Description: treeHelp +
 			"Of an image all layers are merged, whiteouts applied, and digests and diff IDs verified.\n" +
 			"The image is a function of the tree and the options: the same bytes on any machine.",
-		Flags:  append(append(flags, layoutFlags()...), accessFlags()...),
+		Flags:  append(append(flags, layoutFlags()...), append(accessFlags(), logFlags()...)...),
 		Action: p.build,
 	}
 }
@@ -93,8 +92,12 @@ func checkSource(c *cli.Context, at place) error {
 
 // treeOptions reads the flags that say how a source is read.
 func (p *program) treeOptions(c *cli.Context, lay *layout) (treeOptions, error) {
+	log, err := p.newCommandLog(c)
+	if err != nil {
+		return treeOptions{}, err
+	}
 	s := &sourceOptions{}
-	if err := p.registryOptions(c, s, newServerLogAt(p.stderr, slog.LevelError).Logger); err != nil {
+	if err := p.registryOptions(c, s, log); err != nil {
 		return treeOptions{}, err
 	}
 	s.selector.Prefer = registry.PreferTar

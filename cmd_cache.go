@@ -86,7 +86,7 @@ func (p *program) cacheCommand() *cli.Command {
 	command := func(name, args, usage string, action func(*cli.Context, *blobcache.Cache) error, flags ...cli.Flag) *cli.Command {
 		return &cli.Command{
 			Name: name, Usage: usage, ArgsUsage: args, OnUsageError: usageError,
-			Flags:  append(flags, dir(), jsonFlag()),
+			Flags:  append(append(flags, logFlags()...), dir(), jsonFlag()),
 			Action: func(c *cli.Context) error { return p.withCache(c, action) },
 		}
 	}
@@ -119,7 +119,11 @@ func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache
 		return usagef("cache %s takes no arguments", c.Command.Name)
 	}
 	keep := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free")}
-	o, err := keep.options(slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	log, err := p.newServerLog(c)
+	if err != nil {
+		return err
+	}
+	o, err := keep.options(log.Logger)
 	if err != nil {
 		return err
 	}

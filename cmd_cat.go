@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"log/slog"
 	"strings"
 	"syscall"
 
@@ -68,7 +67,11 @@ func (p *program) withOneLayer(c *cli.Context, ref string, do func(context.Conte
 }
 
 func (p *program) withOpened(c *cli.Context, ref string, oneLayer bool, do func(context.Context, *erofsfmt.Image) error) (err error) {
-	o, err := p.openImage(c, ref, oneLayer, newServerLogAt(p.stderr, slog.LevelError).Logger)
+	log, err := p.newCommandLog(c)
+	if err != nil {
+		return err
+	}
+	o, err := p.openImage(c, ref, oneLayer, log)
 	if err != nil {
 		return err
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 
 	"github.com/urfave/cli/v2"
 
@@ -53,7 +52,10 @@ func (p *program) check(c *cli.Context) (err error) {
 	if most < 1 {
 		return usagef("--max-faults %d: must be at least 1", most)
 	}
-	log := newServerLogAt(p.stderr, slog.LevelError).Logger
+	log, err := p.newCommandLog(c)
+	if err != nil {
+		return err
+	}
 	s, err := p.readSourceOptions(c, args[0], log)
 	if err != nil {
 		return err

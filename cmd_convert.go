@@ -31,7 +31,7 @@ func (p *program) convertCommand() *cli.Command {
 			"Each tar layer becomes an EROFS layer, to be mounted over each other. DEST becomes an index\n" +
 			"with the tar image first, for those who do not know EROFS, and the EROFS image after it.\n",
 		// An image for users is never without its data.
-		Flags:  append(append(append(flags, without(layoutFlags(), "metadata-only")...), publishFlags()...), accessFlags()...),
+		Flags:  append(append(append(flags, without(layoutFlags(), "metadata-only")...), publishFlags()...), append(accessFlags(), logFlags()...)...),
 		Action: p.convert,
 	}
 }

@@ -34,7 +34,7 @@ func (p *program) diffCommand() *cli.Command {
 			"Of an image index the entry that mount would take counts: one with EROFS layers first. The\n" +
 			"other one can be named by its digest. Prints a line for each difference, and exits 1 if\n" +
 			"there are any, and 2 if it cannot tell.\n",
-		Flags: append(flags, accessFlags()...),
+		Flags: append(flags, append(accessFlags(), logFlags()...)...),
 		Action: func(c *cli.Context) error {
 			err := p.diff(c)
 			switch {

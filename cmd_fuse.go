@@ -1,9 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -87,7 +87,11 @@ func (p *program) fuse(c *cli.Context) error {
 		return err
 	}
 	if call.foreground || p.child != nil {
-		return p.serveMount(c.Context, m, newServerLogAt(p.stderr, call.level))
+		log, err := p.newLog(logOptions{p.getenv(envLogFormat), cmp.Or(call.level, p.getenv(envLogLevel))})
+		if err != nil {
+			return err
+		}
+		return p.serveMount(c.Context, m, log)
 	}
 	return backend.StartInBackground(c.Context, os.Args[1:], nil)
 }
@@ -98,14 +102,14 @@ type fuseCall struct {
 	options       []string // words of -o
 	devices       []string
 	offset        int64
-	level         slog.Level
+	level         string // "" where nothing is said of it
 	foreground    bool
 	help, version bool
 }
 
 // parseFuseCall reads a command line as libfuse's fuse_opt_parse does.
 func parseFuseCall(args []string) (*fuseCall, error) {
-	c := &fuseCall{level: slog.LevelWarn}
+	c := &fuseCall{}
 	for len(args) > 0 {
 		arg := args[0]
 		args = args[1:]
@@ -140,7 +144,7 @@ func (c *fuseCall) option(arg string) error {
 	case arg == "-f":
 		c.foreground = true
 	case arg == "-d":
-		c.foreground, c.level = true, slog.LevelDebug
+		c.foreground, c.level = true, "debug"
 	case arg == "-s":
 	case arg == "-h", arg == "--help":
 		c.help = true
@@ -168,7 +172,7 @@ func (c *fuseCall) setLevel(value string) error {
 	if err != nil {
 		return usagef("--dbglevel=%s: want a number from 0 to 9", value)
 	}
-	levels := []slog.Level{slog.LevelError, slog.LevelError, slog.LevelWarn, slog.LevelInfo, slog.LevelDebug}
+	levels := []string{"error", "error", "warn", "info", "debug"}
 	c.level = levels[min(int(n), len(levels)-1)]
 	return nil
 }
@@ -243,7 +247,7 @@ func (c *fuseCall) mountOption(m *mountRequest, word string) (rest string, err e
 	case word == "default_permissions":
 		m.fuse.Unchecked = false
 	case word == "debug":
-		c.foreground, c.level = true, slog.LevelDebug
+		c.foreground, c.level = true, "debug"
 	case name == "uid", name == "gid", name == "umask", name == "allow_root", name == "auto_unmount":
 		return "", usagef("-o %s is not supported: it would be ignored", word)
 	case word == "rw", slices.Contains(speedOptions(), name):

@@ -85,7 +85,11 @@ func (p *program) inspect(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	options, err := p.readSourceOptions(c, args[0], newServerLog(p.stderr).Logger)
+	log, err := p.newServerLog(c)
+	if err != nil {
+		return err
+	}
+	options, err := p.readSourceOptions(c, args[0], log.Logger)
 	if err != nil {
 		return err
 	}

@@ -5,12 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -62,7 +60,10 @@ func (p *program) mount(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	log := newServerLog(p.stderr)
+	log, err := p.newServerLog(c)
+	if err != nil {
+		return err
+	}
 	m, err := parseMount(c)
 	if err != nil {
 		return err
@@ -193,6 +194,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
 		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
 	}
+	log.options.note(&rec.Access)
 	if err := claim.Write(rec); err != nil {
 		return err
 	}
@@ -259,6 +261,7 @@ func (p *program) describe(mounted backend.Mount, rec *backend.Record) error {
 // announce makes the mount known: to list, and to whoever waits for it.
 func (p *program) announce(claim *backend.Claim, log *serverLog, rec backend.Record) error {
 	if p.child == nil {
+		logMounted(log.Logger, rec)
 		return claim.Write(rec)
 	}
 	rec.Log = claim.LogPath()
@@ -274,7 +277,12 @@ func (p *program) announce(claim *backend.Claim, log *serverLog, rec backend.Rec
 	}
 	p.reported = true
 	log.redirect(file)
+	logMounted(log.Logger, rec)
 	return nil
+}
+
+func logMounted(log *slog.Logger, rec backend.Record) {
+	log.Info("mounted", "dir", rec.Dir, "reference", rec.Reference, "backend", rec.Backend, "pid", rec.PID)
 }
 
 // untilUnmounted waits for the mount to end. The first signal unmounts; a second
@@ -284,11 +292,13 @@ func untilUnmounted(signals <-chan os.Signal, mounted backend.Mount, log *slog.L
 	go func() { ended <- mounted.Wait() }()
 	select {
 	case err := <-ended:
+		log.Info("the mount has ended")
 		return err
-	case <-signals:
+	case s := <-signals:
+		log.Info("told to end; the mount is taken away", "signal", s)
 	}
 	if err := mounted.Unmount(); err != nil {
-		log.Error("unmount", "err", err)
+		log.Error("the mount cannot be taken away; it is served on, until a second signal", "err", err)
 	}
 	select {
 	case err := <-ended:
@@ -297,24 +307,3 @@ func untilUnmounted(signals <-chan os.Signal, mounted backend.Mount, log *slog.L
 		return fmt.Errorf("ended by a second signal (%v) while the file system was in use", s)
 	}
 }
-
-// serverLog is a logger whose lines go to the terminal while a user watches, and
-// to a file afterwards.
-type serverLog struct {
-	*slog.Logger
-	out *switchWriter
-}
-
-type switchWriter struct{ w atomic.Pointer[io.Writer] }
-
-func (s *switchWriter) Write(p []byte) (int, error) { return (*s.w.Load()).Write(p) }
-
-func newServerLog(w io.Writer) *serverLog { return newServerLogAt(w, slog.LevelWarn) }
-
-func newServerLogAt(w io.Writer, level slog.Level) *serverLog {
-	out := &switchWriter{}
-	out.w.Store(&w)
-	return &serverLog{slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level})), out}
-}
-
-func (l *serverLog) redirect(w io.Writer) { l.out.w.Store(&w) }

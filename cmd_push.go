@@ -35,7 +35,7 @@ func (p *program) pushCommand() *cli.Command {
 		ArgsUsage: "FILE DEST",
 		Description: "FILE is the path of an EROFS image. " + destHelp +
 			"What the registry has already is not sent again.\n",
-		Flags:  append(append(flags, publishFlags()...), accessFlags()...),
+		Flags:  append(append(flags, publishFlags()...), append(accessFlags(), logFlags()...)...),
 		Action: p.push,
 	}
 }

@@ -27,11 +27,11 @@ func (p *program) reattachCommand() *cli.Command {
 		ArgsUsage: "[DIR]",
 		Description: "A mount of --backend=nbd whose server was killed, or is to be replaced by a new version,\n" +
 			"keeps its readers waiting. This starts another server for it; they go on without an error.",
-		Flags: []cli.Flag{
+		Flags: append(logFlags(),
 			&cli.BoolFlag{Name: "all", Usage: "every orphaned mount"},
 			&cli.BoolFlag{Name: "foreground", Aliases: []string{"f"}, Usage: "serve in this process"},
 			&cli.BoolFlag{Name: "password-stdin", Usage: "read the password of the recorded user name from standard input"},
-		},
+		),
 		Action: p.reattach,
 	}
 }
@@ -41,11 +41,15 @@ func (p *program) reattach(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	log, err := readLogOptions(c)
+	if err != nil {
+		return err
+	}
 	if c.Bool("all") {
 		if c.NArg() != 0 || c.Bool("foreground") {
 			return usagef("reattach --all takes no DIR, and serves in the background")
 		}
-		return p.reattachAll(c.Context, run)
+		return p.reattachAll(c.Context, run, log)
 	}
 	args, err := arguments(c, "DIR")
 	if err != nil {
@@ -62,21 +66,21 @@ func (p *program) reattach(c *cli.Context) error {
 		}
 	}
 	if c.Bool("foreground") || p.child != nil {
-		return p.serveReattached(c.Context, run, dir, password)
+		return p.serveReattached(c.Context, run, dir, password, log)
 	}
 	return backend.StartInBackground(c.Context, os.Args[1:], (&sourceOptions{client: registry.Options{Password: password}}).stdin())
 }
 
 // reattachAll starts a server for each orphan; one that fails does not keep the
 // others waiting.
-func (p *program) reattachAll(ctx context.Context, run *backend.RunDir) error {
+func (p *program) reattachAll(ctx context.Context, run *backend.RunDir, log logOptions) error {
 	entries, err := run.List()
 	errs := []error{err}
 	for _, e := range entries {
 		if e.State != backend.Orphaned {
 			continue
 		}
-		if err := backend.StartInBackground(ctx, []string{"reattach", e.Dir}, nil); err != nil {
+		if err := backend.StartInBackground(ctx, append(append([]string{"reattach"}, log.flags()...), e.Dir), nil); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", e.Dir, err))
 		}
 	}
@@ -84,10 +88,9 @@ func (p *program) reattachAll(ctx context.Context, run *backend.RunDir) error {
 }
 
 // serveReattached takes the mount on dir over and serves it to its end.
-func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir, password string) (err error) {
+func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir, password string, given logOptions) (err error) {
 	signals := serverSignals()
 	defer signal.Stop(signals)
-	log := newServerLog(p.stderr)
 	claim, rec, err := run.Adopt(dir)
 	if err != nil {
 		return err
@@ -101,6 +104,11 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 			err = errors.Join(err, claim.Abandon())
 		}
 	}()
+	log, err := p.newLog(given.or(recordedLog(rec.Access)))
+	if err != nil {
+		return err
+	}
+	log.options.note(&rec.Access)
 	src, devices, err := p.openRecorded(ctx, rec, password, log)
 	if err != nil {
 		return err
@@ -119,7 +127,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	rec.PID = os.Getpid()
 	if err := p.announce(claim, log, rec); err != nil {
 		// The mount is served; only who asked does not hear of it.
-		log.Error("announce the reattached mount", "err", err)
+		log.Error("the mount is served again, and who asked for that could not be told", "err", err)
 	}
 	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)

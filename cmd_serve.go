@@ -32,14 +32,14 @@ func (p *program) serveCommand() *cli.Command {
 			"URI when it is ready. REF is as in erofs-oci mount. A client on another machine can\n" +
 			"read all of the image: an address that is not this machine's own is served only with\n" +
 			"--tls-client-ca or --public. A socket at PATH can be used by its owner only.",
-		Flags: append([]cli.Flag{
+		Flags: append(append(logFlags(),
 			&cli.StringFlag{Name: "nbd", Usage: "serve NBD on `[ADDR|unix:PATH]`, where ADDR is HOST, HOST:PORT or :PORT",
 				DefaultText: defaultNBDHost + ":" + defaultNBDPort},
 			&cli.StringFlag{Name: "tls-cert", Usage: "make clients use TLS, with the certificate in `FILE` (PEM)"},
 			&cli.StringFlag{Name: "tls-key", Usage: "the certificate's key in `FILE` (PEM)"},
 			&cli.StringFlag{Name: "tls-client-ca", Usage: "serve only clients with a certificate by an authority in `FILE` (PEM)"},
 			&cli.BoolFlag{Name: "public", Usage: "let everybody who reaches the address read the image"},
-		}, sourceFlags()...),
+		), sourceFlags()...),
 		Action: p.serve,
 	}
 }
@@ -63,9 +63,11 @@ func (p *program) serve(c *cli.Context) error {
 		}
 		ref = args[0]
 	}
-	log := newServerLog(p.stderr)
+	log, err := p.newServerLog(c)
+	if err != nil {
+		return err
+	}
 	s := &serveRequest{}
-	var err error
 	if s.address, err = parseNBDAddress(addr); err != nil {
 		return err
 	}

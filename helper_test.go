@@ -29,6 +29,8 @@ func TestHelperArgs(t *testing.T) {
 		{in: "h/r:v1 /mnt -o max_conns_per_host=2", want: mount("--max-conns-per-host=2")},
 		{in: "h/r:v1 /mnt -o tls_ca=/ca.pem,tls_verify=false", want: mount("--tls-ca=/ca.pem", "--tls-verify=false")},
 		{in: "h/r:v1 /mnt -o plain-http,cache-dir=/c", want: mount("--plain-http", "--cache-dir=/c")},
+		{in: "h/r:v1 /mnt -o log_format=json,log_level=info", want: mount("--log-format=json", "--log-level=info")},
+		{in: "h/r:v1 /mnt -o log_level", err: "log_level needs a value"},
 		{in: "h/r:v1 /mnt -o verify=require", want: mount("--verify=require")},
 		{in: "h/r:v1 /mnt -o blob=sha256:00,nbd_connections=4,supervise", want: mount("--blob=sha256:00", "--nbd-connections=4", "--supervise")},
 		{in: `h/r:v1 /mnt -o overlay="/a,b",tmpfs_overlay`, want: mount("--overlay=/a,b", "--tmpfs-overlay")},

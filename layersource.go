@@ -129,7 +129,7 @@ func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSourc
 // that is known here.
 func (o *layerOpener) index(ctx context.Context, blob *registry.Blob, v registry.Vouched) (*verified.Index, error) {
 	if v.Unknown != "" {
-		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "reason", v.Unknown)
+		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "err", v.Unknown)
 	}
 	if v.Index == nil {
 		return nil, nil
@@ -298,7 +298,7 @@ func (s *layerSource) poison(err error) {
 
 // revoke does what is to be done once, when every read fails.
 func (s *layerSource) revoke(wrong *wrongError) {
-	s.log.Error("every read fails from now on", "blob", s.digest, "err", wrong)
+	s.log.Error("the bytes of a blob are wrong; every read fails from now on", "blob", s.digest, "err", wrong)
 	// The next mount is not to find it.
 	if err := s.cached.Purge(); err != nil {
 		s.log.Error("the cache may keep a blob that is wrong; erofs-oci cache rm removes it when nothing mounts it any more", "blob", s.digest, "err", err)

@@ -96,18 +96,22 @@ func (p *pushed) open(t *testing.T, verify string) (*reader, error) {
 func (p *pushed) openIn(t *testing.T, dir, verify string, options registry.Options) (*reader, error) {
 	t.Helper()
 	options.RegistriesConf = p.conf
+	log := options.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
 	client, err := registry.New(options)
 	must(t, err)
 	t.Cleanup(func() { client.Close() })
 	im, err := client.Resolve(t.Context(), p.ref, registry.Selector{})
 	must(t, err)
-	cache, err := blobcache.New(dir, blobcache.Options{})
+	cache, err := blobcache.New(dir, blobcache.Options{Logger: log})
 	must(t, err)
 	t.Cleanup(func() { cache.Close() })
 	p.reset()
 	r := &reader{t: t, cache: cache, told: make(chan struct{})}
 	o := &layerOpener{
-		client: client, ref: p.ref, image: im, cache: cache, dir: dir, verify: verify, log: slog.New(slog.DiscardHandler),
+		client: client, ref: p.ref, image: im, cache: cache, dir: dir, verify: verify, log: log,
 		say:     func(format string, args ...any) { r.said = append(r.said, fmt.Sprintf(format, args...)) },
 		onWrong: func(err error) { r.wrong.Store(&err); close(r.told) },
 	}

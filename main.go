@@ -48,6 +48,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		return exitFailure
 	}
 	p := &program{stdin: stdin, stdout: stdout, stderr: stderr, getenv: os.Getenv, child: child}
+	defer p.closeLog()
 	err = p.app().RunContext(ctx, args)
 	if err == nil {
 		return 0
@@ -64,6 +65,11 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		if child.Fail(errors.New(oneLine(err)), code) == nil {
 			return code
 		}
+	}
+	if p.reported {
+		// Standard error is the log now, and has its format.
+		p.log.Error("the server has ended", "err", err)
+		return code
 	}
 	fmt.Fprintln(stderr, "erofs-oci:", oneLine(err))
 	return code
@@ -87,6 +93,7 @@ type program struct {
 	// reported says that it has told its parent how it went.
 	child    *backend.Child
 	reported bool
+	log      *serverLog // of this process, if it has one
 }
 
 func (p *program) app() *cli.App {

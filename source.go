@@ -53,10 +53,10 @@ func accessFlags() []cli.Flag {
 // imageFlags are those of a command that reads images: from a registry, or from
 // files.
 func imageFlags() []cli.Flag {
-	return append([]cli.Flag{
+	return append(append(logFlags(),
 		&cli.StringSliceFlag{Name: "device", Usage: "of an image in a file: the next extra device of its device table is in `FILE`"},
 		&cli.StringFlag{Name: "memory", Value: "64MiB", Usage: "let our own reader remember at most `SIZE` of metadata and decoded data"},
-	}, sourceFlags()...)
+	), sourceFlags()...)
 }
 
 // sourceOptions are what is to be read: a reference, and the parsed flags.

@@ -33,7 +33,7 @@ func (p *program) superviseMount(ctx context.Context, m *mountRequest, log *serv
 	if err != nil {
 		return err
 	}
-	s := &supervisor{run: run, dir: m.dir, password: m.source.client.Password, log: log.Logger}
+	s := &supervisor{run: run, dir: m.dir, password: m.source.client.Password, log: log.Logger, logFlags: log.options.flags()}
 	if p.child != nil {
 		if err := s.detach(p, log); err != nil {
 			return errors.Join(err, worker.Process.Signal(syscall.SIGTERM), worker.Wait())
@@ -47,6 +47,7 @@ type supervisor struct {
 	dir      string
 	password string
 	log      *slog.Logger
+	logFlags []string // for another server, which has the environment of this process, too
 }
 
 // detach reports that the mount is there; the supervisor has a log of its own.
@@ -114,7 +115,7 @@ const (
 func (s *supervisor) replace(ctx context.Context) (*exec.Cmd, error) {
 	begin := time.Now()
 	for pause := restartPause; ; pause = min(2*pause, restartPauseMax) {
-		args := []string{"reattach"}
+		args := append([]string{"reattach"}, s.logFlags...)
 		source := &sourceOptions{}
 		if s.password != "" {
 			args, source.client.Password = append(args, "--password-stdin"), s.password
@@ -123,7 +124,7 @@ func (s *supervisor) replace(ctx context.Context) (*exec.Cmd, error) {
 		if err == nil {
 			return worker, nil
 		}
-		s.log.Error("reattach", "dir", s.dir, "err", err)
+		s.log.Error("no server can be started for the mount; that is tried again, and readers wait", "dir", s.dir, "err", err)
 		if time.Since(begin) > restartPatience {
 			return nil, fmt.Errorf("no server could be started for %s within %v: %w", s.dir, restartPatience, err)
 		}

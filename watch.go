@@ -45,7 +45,7 @@ func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, log *s
 	w := &mountWatch{claim: claim, mounted: mounted, log: log, stop: make(chan struct{})}
 	var err error
 	if w.status, err = claim.ServeStatus(src.status); err != nil {
-		log.Error("the mount has no status", "err", err)
+		log.Error("the mount has no status; erofs-oci list cannot say how it is verified", "err", err)
 	}
 	return w
 }
@@ -78,7 +78,7 @@ func (w *mountWatch) await(wrong <-chan error) {
 // revoke tells everybody who can be told. What comes to us fails already.
 func (w *mountWatch) revoke(why error) {
 	if err := w.claim.Amend(func(r *backend.Record) { r.Wrong = why.Error() }); err != nil {
-		w.log.Error("record that the mount is wrong", "err", err)
+		w.log.Error("it cannot be recorded that the bytes of the mount are wrong", "err", err)
 	}
 	layers := []backend.Mount{w.mounted}
 	if over, ok := w.mounted.(interface{ Inner() []backend.Mount }); ok {

@@ -65,6 +65,9 @@ type IndexBlob struct {
 
 // Access is how the blob of a mount is reached, but for what is secret.
 type Access struct {
+	LogFormat string `json:"log_format,omitempty"` // of the server's log; as usual if empty
+	LogLevel  string `json:"log_level,omitempty"`
+
 	CacheSize    string `json:"cache_size,omitempty"` // these three as they were given
 	CacheMinFree string `json:"cache_min_free,omitempty"`
 	Paranoid     bool   `json:"paranoid,omitempty"`

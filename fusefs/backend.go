@@ -129,7 +129,7 @@ func serve(fsys fuse.RawFileSystem, dev int, log *slog.Logger, acl bool, end fun
 		// them does. Else it would end there, and not every kernel takes that for
 		// an error (fs/erofs/fileio.c erofs_fileio_ki_complete).
 		ExtraCapabilities: fuse.CAP_ASYNC_DIO,
-		Logger:            slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Logger:            slog.NewLogLogger(log.With("from", "go-fuse").Handler(), slog.LevelWarn),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("fuse: %w", err)

@@ -157,7 +157,7 @@ func (f *blobFiles) limit(in *fuse.ReadIn, s backend.Source) uint64 {
 // fail makes EIO of every error: a source knows of no other.
 func (f *blobFiles) fail(in *fuse.ReadIn, err error) fuse.Status {
 	if f.ctx.Err() == nil || !errors.Is(err, context.Canceled) {
-		f.errs.say("read", slog.String("file", blobName(int(in.NodeId-firstBlob))), syscall.EIO, err)
+		f.errs.say("read", syscall.EIO, err, "file", blobName(int(in.NodeId-firstBlob)), "offset", in.Offset, "bytes", in.Size)
 	}
 	return fuse.EIO
 }

@@ -40,14 +40,14 @@ func isFormatError(err error) bool {
 }
 
 // fail turns err into a status and logs what an errno cannot say.
-func (f *fileSystem) fail(op string, node uint64, err error) fuse.Status {
+func (f *fileSystem) fail(op string, node uint64, err error, where ...any) fuse.Status {
 	st := status(err)
 	switch {
 	case st == fuse.ENOENT, st == fuse.Status(syscall.ENODATA):
 	case errors.Is(err, context.Canceled) && f.ctx.Err() != nil:
 		// The mount ends; nobody waits for the reason.
 	default:
-		f.errs.say(op, slog.Uint64("nid", uint64(f.ids.nid(node))), syscall.Errno(st), err)
+		f.errs.say(op, syscall.Errno(st), err, append([]any{"nid", uint64(f.ids.nid(node))}, where...)...)
 	}
 	return st
 }
@@ -71,7 +71,7 @@ func newErrorLog(log *slog.Logger) *errorLog {
 	return &errorLog{log: log}
 }
 
-func (l *errorLog) say(op string, where slog.Attr, errno syscall.Errno, err error) {
+func (l *errorLog) say(op string, errno syscall.Errno, err error, where ...any) {
 	l.mu.Lock()
 	now := time.Now()
 	if now.Sub(l.last) < errorLogPause {
@@ -82,5 +82,9 @@ func (l *errorLog) say(op string, where slog.Attr, errno syscall.Errno, err erro
 	dropped := l.dropped
 	l.last, l.dropped = now, 0
 	l.mu.Unlock()
-	l.log.Error("request failed", "op", op, where, "errno", errno.Error(), "err", err, "more_before", dropped)
+	args := append([]any{"op", op}, where...)
+	if args = append(args, "errno", errno.Error(), "err", err); dropped > 0 {
+		args = append(args, "left_out", dropped)
+	}
+	l.log.Error("request failed", args...)
 }

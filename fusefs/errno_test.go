@@ -44,7 +44,7 @@ func TestErrorLog(t *testing.T) {
 	var out bytes.Buffer
 	l := newErrorLog(slog.New(slog.NewTextHandler(&out, nil)))
 	for i := range 1000 {
-		l.say("read", slog.Uint64("nid", 5), syscall.EIO, fmt.Errorf("reason %d", i))
+		l.say("read", syscall.EIO, fmt.Errorf("reason %d", i), "nid", 5)
 	}
 	if n := strings.Count(out.String(), "\n"); n != 1 {
 		t.Fatalf("%d lines for a flood:\n%s", n, out.String())
@@ -55,8 +55,8 @@ func TestErrorLog(t *testing.T) {
 		}
 	}
 	l.last = l.last.Add(-2 * errorLogPause)
-	l.say("read", slog.Uint64("nid", 5), syscall.EIO, errors.New("later"))
-	if !strings.Contains(out.String(), "more_before=999") {
+	l.say("read", syscall.EIO, errors.New("later"), "nid", 5)
+	if !strings.Contains(out.String(), "left_out=999") {
 		t.Errorf("the dropped lines are not counted: %q", out.String())
 	}
 }

@@ -200,7 +200,7 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 		err = f.revoking.why() // since it began
 	}
 	if err != nil {
-		return nil, f.fail("read", in.NodeId, err)
+		return nil, f.fail("read", in.NodeId, err, "offset", in.Offset, "bytes", len(buf))
 	}
 	return fuse.ReadResultData(buf), fuse.OK
 }

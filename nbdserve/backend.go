@@ -154,7 +154,7 @@ func (m *Mount) finish() {
 func (m *Mount) mount(ctx context.Context, o backend.Options) error {
 	stop := context.AfterFunc(ctx, func() {
 		if err := m.disconnectDevices(); err != nil {
-			m.log.Error("give up mounting", "err", err)
+			m.log.Error("the nbd device cannot be disconnected, and the mount not given up", "err", err)
 		}
 	})
 	var extra []string
@@ -182,7 +182,7 @@ func (m *Mount) leaveToKernel(ctx context.Context) error {
 		}
 		m.serving.Go(func() {
 			if err := p.device.ioctl.disconnectAfterUse(); err != nil {
-				m.log.Error("disconnect the nbd device after use", "device", p.device.Path(), "err", err)
+				m.log.Error("the nbd device cannot be disconnected after use; erofs-oci disconnect may do it", "device", p.device.Path(), "err", err)
 			}
 		})
 	}
@@ -199,13 +199,13 @@ func (m *Mount) serve(p *part, conn net.Conn) {
 		if m.life.Err() != nil || err == nil && !c.left.Load() {
 			return // the kernel disconnected the device
 		}
-		m.log.Warn("the kernel gave up a connection of the nbd device", "device", p.device.Path(), "err", err)
+		m.log.Warn("the kernel gave up a connection of the nbd device; it is made anew where that can be done", "device", p.device.Path(), "err", err)
 		if p.device.ioctl != nil {
 			return
 		}
 		again, err := p.device.reconnect(m.life, 1)
 		if err != nil {
-			m.log.Warn("the connection is not made anew", "device", p.device.Path(), "err", err)
+			m.log.Warn("the connection is not made anew; reads of the nbd device wait or fail", "device", p.device.Path(), "err", err)
 			return
 		}
 		conn = again[0]

@@ -110,12 +110,12 @@ func (d *ioctlDevice) run(o DeviceOptions, sockets []*os.File, configured chan<-
 	}
 	defer close(d.done)
 	if err := d.call(doIt, 0); err != nil {
-		o.Log.Warn("the nbd device ended", "device", d.f.Name(), "err", err)
+		o.Log.Warn("the nbd device ended; what is mounted on it cannot be read any more", "device", d.f.Name(), "err", err)
 	}
 	// What fails here is gone already.
 	_ = d.call(clearSock, 0)
 	if err := d.f.Close(); err != nil {
-		o.Log.Warn("close the nbd device", "device", d.f.Name(), "err", err)
+		o.Log.Warn("the nbd device cannot be closed", "device", d.f.Name(), "err", err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package nbdserve
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"sync"
@@ -37,7 +38,8 @@ func replyError(err error) (code uint32, text error) {
 // errorLog writes one line for a failed request or a client that was dropped, and
 // no more than one a second: a dead registry under a thousand reads is one fact.
 type errorLog struct {
-	log *slog.Logger
+	log   *slog.Logger
+	level slog.Level
 
 	mu      sync.Mutex // guards what follows
 	last    time.Time
@@ -57,5 +59,8 @@ func (l *errorLog) say(message string, args ...any) {
 	dropped := l.dropped
 	l.last, l.dropped = now, 0
 	l.mu.Unlock()
-	l.log.Error(message, append(args, "more_before", dropped)...)
+	if dropped > 0 {
+		args = append(args, "left_out", dropped)
+	}
+	l.log.Log(context.Background(), l.level, message, args...)
 }

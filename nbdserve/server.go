@@ -92,7 +92,8 @@ type Server struct {
 	present  presence
 	buffers  bufferPool
 	large    *budget
-	log      errorLog
+	log      errorLog // of requests
+	doors    errorLog // of clients that come and go: whoever knocks all day does not hide the others
 
 	ctx       context.Context // ends with Close
 	cancel    context.CancelCauseFunc
@@ -133,7 +134,8 @@ func NewServer(e Export, o Options) (*Server, error) {
 		o:      o,
 		size:   (size + blockSize - 1) / blockSize * blockSize,
 		large:  newBudget(largeMemory / largeShare),
-		log:    errorLog{log: o.Log},
+		log:    errorLog{log: o.Log, level: slog.LevelError},
+		doors:  errorLog{log: o.Log, level: slog.LevelWarn},
 
 		sessions: make(map[*session]struct{}),
 	}
@@ -230,7 +232,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) (err error) {
 		case err != nil:
 			// No descriptors, no memory: this passes, and the connections that there are go on.
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			s.log.say("cannot accept a connection", "err", err)
+			s.doors.say("a client cannot be let in; that is tried again", "err", err)
 			s.await(ctx, pause)
 		default:
 			pause = 0
@@ -257,7 +259,7 @@ func (s *Server) welcome(ctx context.Context, conn net.Conn, clients *sync.WaitG
 		err := c.serve()
 		s.dismiss(c)
 		if err != nil && ctx.Err() == nil {
-			s.log.say("client dropped", "client", conn.RemoteAddr().String(), "err", err)
+			s.doors.say("client dropped", "client", conn.RemoteAddr().String(), "err", err)
 		}
 	})
 }

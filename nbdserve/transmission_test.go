@@ -234,7 +234,7 @@ func TestFailedRead(t *testing.T) {
 		}
 		k.disconnect()
 		s.stop(t)
-		if !strings.Contains(said.String(), "offset=2048 length=512") || !strings.Contains(said.String(), "on fire") {
+		if !strings.Contains(said.String(), "offset=2048 bytes=512") || !strings.Contains(said.String(), "on fire") {
 			t.Errorf("log: %s", said.String())
 		}
 		if n := strings.Count(said.String(), "\n"); n != 1 {

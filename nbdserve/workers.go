@@ -106,7 +106,7 @@ func (c *session) fail(q request, why error) {
 		return // nobody waits for it
 	}
 	c.s.failed.Add(1)
-	c.s.log.say("request failed", "offset", q.offset, "length", q.length, "err", why)
+	c.s.log.say("request failed", "offset", q.offset, "bytes", q.length, "err", why)
 	code, text := replyError(why)
 	var reply [maxPlainReply]byte
 	_ = c.send(reply[:c.dialect.putError(reply[:], q, code, text.Error())]) // which ends the session if it fails

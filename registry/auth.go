@@ -2,10 +2,12 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
@@ -34,12 +36,14 @@ type authTransport struct {
 	keyring keyring
 	tokens  tokenService
 	tasks   *tasks
+	log     *slog.Logger
 	flights singleflight.Group
 
 	mu      sync.Mutex
 	current challenge           // the last one; zero: nothing was asked for yet
 	grants  map[challenge]grant // by scope, among other things
 	secrets []string            // to be removed from what servers say
+	who     credentials         // that were used last
 }
 
 // A grant may be refused that was good when it was granted: it has expired on its
@@ -180,7 +184,7 @@ func (t *authTransport) authorize(ctx context.Context, asked challenge, refused 
 		if g, ok := t.granted(asked, refused); ok {
 			return g, nil
 		}
-		return t.fetch(asked)
+		return t.renew(asked, refused)
 	})
 	select {
 	case r := <-flight:
@@ -198,6 +202,31 @@ func (t *authTransport) granted(asked challenge, refused string) (grant, bool) {
 	t.current = asked
 	g := t.grants[asked]
 	return g, g.usable(time.Now()) && g.header != refused
+}
+
+// renew is fetch, and says in the log what is new.
+func (t *authTransport) renew(asked challenge, refused string) (grant, error) {
+	t.mu.Lock()
+	before, old := t.who, t.grants[asked]
+	t.mu.Unlock()
+	g, err := t.fetch(asked)
+	if err != nil {
+		return g, err // who asked says so
+	}
+	t.mu.Lock()
+	now := t.who
+	t.mu.Unlock()
+	if now != before && !before.none() {
+		t.log.Info("the credentials have changed; the new ones are used", "repository", t.ref.name(), "source", cmp.Or(now.source, "nowhere"))
+	}
+	switch {
+	case asked.scheme != "bearer":
+	case refused != "" && refused == old.header && old.usable(time.Now()):
+		t.log.Info("a token was refused before its time; another one is used", "repository", t.ref.name())
+	default:
+		t.log.Debug("a token was fetched", "repository", t.ref.name(), "for", time.Until(g.expires))
+	}
+	return g, nil
 }
 
 func (t *authTransport) fetch(asked challenge) (grant, error) {
@@ -222,7 +251,7 @@ func (t *authTransport) fetch(asked challenge) (grant, error) {
 		g.header = "Basic " + who.basic()
 	}
 	t.mu.Lock()
-	t.grants[asked] = g
+	t.grants[asked], t.who = g, who
 	t.mu.Unlock()
 	return g, nil
 }

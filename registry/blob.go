@@ -24,6 +24,7 @@ type Blob struct {
 	// signed and good for minutes. nil: ask the place.
 	storage []atomic.Pointer[url.URL]
 	last    atomic.Pointer[place] // where the last answer came from
+	whole   atomic.Bool           // the log says that a server ignores ranges
 }
 
 // Blob returns the blob that desc describes, in the repository of ref. Nothing
@@ -110,7 +111,7 @@ func (b *Blob) FetchElsewhere(ctx context.Context, off, n int64, why error) (bod
 	}
 	at := b.source.registry()
 	at.client.log.Warn("bytes of a blob are wrong; they are fetched again", "repository", at.ref.name(),
-		"digest", b.desc.Digest, "offset", off, "bytes", n, "err", why)
+		"blob", b.desc.Digest, "offset", off, "bytes", n, "err", why)
 	return b.Fetch(ctx, off, n)
 }
 
@@ -156,6 +157,14 @@ func (b *Blob) ask(ctx context.Context, p *place, off, end int64) (answer, error
 		return answer{}, fmt.Errorf("GET %s: %w", redact(resp.Request.URL), err)
 	}
 	b.last.Store(p)
+	if resp.StatusCode == http.StatusOK && end-off < b.desc.Size && !b.whole.Swap(true) {
+		level := slog.LevelWarn
+		if p.mirror {
+			level = slog.LevelInfo // pull-through caches do so as long as they do not have the blob themselves
+		}
+		p.client.log.Log(ctx, level, "the server ignores ranges; it sends the blob from its first byte on", "repository", p.ref.name(),
+			"blob", b.desc.Digest, "bytes", b.desc.Size)
+	}
 	return answer{resp: resp, whole: resp.StatusCode == http.StatusOK, from: p}, nil
 }
 
@@ -270,7 +279,11 @@ func (s *stream) read(p []byte) (int, error) {
 		}
 		s.blame(s.part.from, err)
 		s.drop()
-		if err := s.again(err); err != nil {
+		level := slog.LevelInfo // it goes on with the next request, as a rule
+		if s.wait.waited() >= lateAfter {
+			level = slog.LevelWarn
+		}
+		if err := s.again(err, level); err != nil {
 			return 0, err
 		}
 	}
@@ -284,21 +297,27 @@ func (s *stream) open(first bool) error {
 		if err == nil {
 			return nil
 		}
-		if err := s.again(err); err != nil {
+		// What is wrong with a host its gate says, and the last word is the reader's.
+		if err := s.again(err, slog.LevelDebug); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s *stream) again(err error) error {
-	level := slog.LevelDebug
-	if s.wait.tries == 0 {
-		level = slog.LevelWarn // the first sign of trouble; what follows repeats it
+// again says what to do about a try that failed, for the log at this level if another one may mend it: nil is that
+// other one.
+func (s *stream) again(err error, level slog.Level) error {
+	if s.ctx.Err() != nil || !worthRetrying(err) {
+		level = slog.LevelDebug // who reads says so
 	}
 	at := s.blob.source.registry()
-	at.client.log.Log(s.ctx, level, "blob read interrupted", "repository", at.ref.name(),
-		"digest", s.blob.desc.Digest, "offset", s.pos, "try", s.wait.tries+1, "err", err)
+	log := at.client.log.With("repository", at.ref.name(), "blob", s.blob.desc.Digest, "offset", s.pos, "try", s.wait.tries+1, "err", err)
+	if level == slog.LevelDebug {
+		log.Debug("a try to read a blob failed")
+	} else {
+		log.Log(s.ctx, level, "blob read interrupted; it goes on where it was")
+	}
 	return s.wait.again(s.ctx, err)
 }
 

@@ -137,6 +137,7 @@ func New(o Options) (*Client, error) {
 		wire.next, wire.queues, c.idle, c.trustAny = t, true, t.closeIdle, t.trustAny
 	}
 	gates := newGateTransport(wire, maxConns(o))
+	gates.log = c.log
 	c.wire, c.recovery = gates, gates.recovery
 	c.follow = &redirectTransport{next: gates, plainHTTP: o.PlainHTTP}
 	return c, nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"sync"
 	"time"
@@ -37,6 +38,8 @@ const (
 // byte of a body, or anything that a new try would not change.
 type gate struct {
 	trouble error             // the last failure, if nothing good came after it
+	since   time.Time         // when the first request left that failed since
+	said    bool              // the log has a line about the trouble
 	heard   time.Time         // when something good came
 	open    int               // requests without an answer so far
 	sent    [probes]time.Time // while it was not trusted
@@ -82,6 +85,7 @@ func (e *heldError) Unwrap() error { return e.last }
 // A gateTransport has a gate for each host, and one limit for all.
 type gateTransport struct {
 	next    http.RoundTripper
+	log     *slog.Logger
 	perHost int64
 	under   *semaphore.Weighted // maxRequests
 
@@ -91,7 +95,7 @@ type gateTransport struct {
 }
 
 func newGateTransport(next http.RoundTripper, perHost int) *gateTransport {
-	return &gateTransport{next: next, perHost: int64(perHost), under: semaphore.NewWeighted(maxRequests), gates: map[string]*gate{}, news: make(chan struct{})}
+	return &gateTransport{next: next, log: slog.New(slog.DiscardHandler), perHost: int64(perHost), under: semaphore.NewWeighted(maxRequests), gates: map[string]*gate{}, news: make(chan struct{})}
 }
 
 // recovery is closed when a host that is troubled answers well again.
@@ -107,17 +111,19 @@ func (t *gateTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := t.enter(ctx, host, g); err != nil {
 		return nil, err
 	}
+	asked := asked{host, g, time.Now(), ofMirror(ctx)}
 	resp, err := t.next.RoundTrip(req)
 	if err != nil {
 		t.under.Release(1)
-		t.settle(ctx, g, err)
+		t.settle(ctx, asked, err)
 		return nil, err
 	}
 	b := &gateBody{ReadCloser: resp.Body, leave: sync.OnceFunc(func() { t.under.Release(1) })}
 	b.settle = func(err error) {
-		b.settled.Do(func() { t.settle(ctx, g, err) })
+		b.settled.Do(func() { t.settle(ctx, asked, err) })
 	}
 	refusal := StatusError{Method: req.Method, URL: redact(req.URL), Code: resp.StatusCode}
+	refusal.retryAfter = parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())
 	switch {
 	case refusal.temporary():
 		b.settle(&refusal)
@@ -181,13 +187,24 @@ func (t *gateTransport) pass(host string, g *gate) (wait time.Duration, turn <-c
 	return wait, g.turn, nil
 }
 
+// An asked request has left, for the host of a gate.
+type asked struct {
+	host   string
+	gate   *gate
+	at     time.Time
+	mirror bool // nobody waits for this host
+}
+
 // errUnread settles a request whose answer nobody looked at.
 var errUnread = errors.New("not read")
 
 // settle takes note of what came of a request: nil is a good answer. An error that
 // is not the host's, but of one who did not wait for it, say, is nothing.
-func (t *gateTransport) settle(ctx context.Context, g *gate, err error) {
+func (t *gateTransport) settle(ctx context.Context, req asked, err error) {
+	g := req.gate
 	defer g.slots.Release(1)
+	var said line
+	defer func() { said.write(t.log) }() // when the lock is free: a log may be slow
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
@@ -195,8 +212,10 @@ func (t *gateTransport) settle(ctx context.Context, g *gate, err error) {
 	trusted, trouble := g.trusted(now), g.trouble
 	switch {
 	case err == nil || neverBetter(err):
+		said = g.wentWell(req, now, err)
 		g.heard, g.trouble = now, nil
 	case ctx.Err() == nil && worthRetrying(err):
+		said = g.failed(req, now, err)
 		g.trouble = err
 	}
 	if !trusted {

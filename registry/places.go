@@ -124,6 +124,9 @@ func (s *source) try(ctx context.Context, f func(*place) error) error {
 	var others []error
 	for _, p := range s.order() {
 		err := f(p)
+		if err == nil {
+			p.back()
+		}
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
@@ -161,5 +164,19 @@ func (p *place) leave(err error) {
 	if p.pausedUntil.Swap(now.Add(mirrorPause).UnixNano()) > now.UnixNano() {
 		return // another reader has said so
 	}
-	p.client.log.Warn("mirror left", "mirror", p.ref.name(), "for", mirrorPause, "err", err)
+	if !p.leftAt.CompareAndSwap(0, now.UnixNano()) {
+		p.client.log.Debug("mirror left again", "mirror", p.ref.name(), "for", mirrorPause, "err", err)
+		return
+	}
+	p.client.log.Warn("mirror left; others are asked first, and it once a minute", "mirror", p.ref.name(), "err", err)
+}
+
+// back takes note of an answer.
+func (p *place) back() {
+	if p.leftAt.Load() == 0 {
+		return
+	}
+	if at := p.leftAt.Swap(0); at != 0 {
+		p.client.log.Info("the mirror answers again", "mirror", p.ref.name(), "for", time.Since(time.Unix(0, at)))
+	}
 }

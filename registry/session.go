@@ -23,6 +23,8 @@ type session struct {
 	// pausedUntil is when a mirror that failed takes its turn again, in Unix
 	// nanoseconds.
 	pausedUntil atomic.Int64
+	// leftAt is when it was left and has not answered since, in the same; 0: it was not.
+	leftAt atomic.Int64
 }
 
 // access is what the host's configuration says of a place.
@@ -57,6 +59,7 @@ func (c *Client) session(ref Reference, how access) *session {
 		next: c.follow, ref: ref, keyring: keys,
 		tokens: tokenService{next: c.follow, plainHTTP: c.plainHTTP, origin: origin},
 		tasks:  &c.tasks,
+		log:    c.log,
 		grants: map[challenge]grant{},
 	}
 	c.sessions[key] = s
@@ -76,6 +79,9 @@ func (s *session) reading() *patience {
 
 // do sends one request for the repository, by one try. path is relative to it.
 func (s *session) do(ctx context.Context, method, path string, header http.Header) (*http.Response, error) {
+	if s.access.stranger {
+		ctx = forMirror(ctx)
+	}
 	origin, err := s.client.origin(ctx, s.ref.apiHost(), s.access.insecure)
 	if err != nil {
 		return nil, err

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -91,12 +90,12 @@ func (u *upload) again(ctx context.Context, err error) error {
 			return fmt.Errorf("given up after %d beginnings: %w", u.restarts, err)
 		}
 	}
-	level := slog.LevelDebug
+	log := u.session.client.log.With("repository", u.session.ref.name(), "blob", u.desc.Digest, "offset", u.from, "try", u.wait.tries+1, "err", err)
 	if u.wait.tries == 0 && worthRetrying(err) {
-		level = slog.LevelWarn // the first sign of trouble; what follows repeats it
+		log.Info("upload interrupted; it goes on where it was") // the first sign of trouble; what follows repeats it
+	} else {
+		log.Debug("a try to upload failed") // the last word is the caller's
 	}
-	u.session.client.log.Log(ctx, level, "upload interrupted", "repository", u.session.ref.name(),
-		"digest", u.desc.Digest, "offset", u.from, "try", u.wait.tries+1, "err", err)
 	u.broken = u.at != nil
 	if lost {
 		return context.Cause(ctx) // nil: at once

@@ -53,8 +53,9 @@ var lattice = map[string]room{
 		others: []string{"go.podman.io/image/v5", "github.com/opencontainers/go-digest", "github.com/opencontainers/image-spec",
 			"golang.org/x/sync", "github.com/docker/docker-credential-helpers"},
 	},
-	"backend":        {others: []string{"golang.org/x/sys", "github.com/moby/sys/mountinfo"}},
-	"backend/kmount": {others: []string{"golang.org/x/sys", "github.com/moby/sys/mountinfo"}},
+	"backend":           {others: []string{"golang.org/x/sys", "github.com/moby/sys/mountinfo"}},
+	"backend/serverlog": {},
+	"backend/kmount":    {others: []string{"golang.org/x/sys", "github.com/moby/sys/mountinfo"}},
 	"fusefs": {
 		ours:   []string{"backend", "backend/kmount", "erofsfmt"},
 		others: []string{"github.com/hanwen/go-fuse/v2", "golang.org/x/sys"},

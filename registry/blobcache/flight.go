@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"sync/atomic"
 	"time"
 )
@@ -114,11 +113,8 @@ func (f *flight) run() {
 	case b.ctx.Err() != nil:
 		err, f.troubled = errAbandoned, false
 	default:
-		level := slog.LevelWarn
-		if f.demanded == f.first {
-			level = slog.LevelDebug // whoever wants it will fetch it, and say so if that fails
-		}
-		b.store.cache.options.Logger.Log(b.ctx, level, "fetch failed", "blob", b.store.digest, "error", err)
+		// Whoever waits for it gets the error, and says so; what nobody waits for will be fetched when somebody does.
+		b.store.cache.options.Logger.Debug("fetch failed", "blob", b.store.digest, "offset", f.first*b.store.chunkSize, "err", err)
 	}
 	f.land(err)
 }
@@ -454,7 +450,7 @@ func (f *flight) refuse(chunk int64, pend *pending, err error) {
 func (c *Cache) cannotKeep(why error) {
 	c.unkept.Do(func() {
 		c.options.Logger.Warn("the cache cannot keep what was fetched; reads go on without it",
-			"directory", c.dir.Name(), "error", why)
+			"cache", c.dir.Name(), "err", why)
 	})
 }
 
@@ -473,7 +469,8 @@ func (f *flight) verify(chunk int64, data []byte) error {
 		return errAbandoned
 	}
 	err = &refusedError{off, err}
-	b.store.cache.options.Logger.Warn("chunk refused", "blob", b.store.digest, "error", err)
+	// Who fetches it again says so, and who gets it wrong again, too.
+	b.store.cache.options.Logger.Debug("chunk refused", "blob", b.store.digest, "offset", off, "err", err)
 	return err
 }
 

@@ -35,7 +35,7 @@ func (c *Cache) keepHouse() {
 		}
 		if err != nil && err.Error() != said {
 			said = err.Error()
-			c.options.Logger.Warn("look after the cache", "directory", c.dir.Name(), "error", err)
+			c.options.Logger.Warn("the cache cannot be looked after; it may keep more than it should, and other things than were used last", "cache", c.dir.Name(), "err", err)
 		}
 	}
 }

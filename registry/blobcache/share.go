@@ -119,7 +119,7 @@ func (f *flight) load(chunk int64, pend *pending, data []byte) error {
 // discard takes a damaged chunk off the disk, for it to be fetched again, unless another process is about to.
 func (f *flight) discard(chunk int64, pend *pending, why error) {
 	s := f.blob.store
-	s.cache.options.Logger.Warn("cached chunk discarded; it is fetched again", "blob", s.digest, "chunk", chunk, "error", why)
+	s.cache.options.Logger.Warn("cached chunk discarded; it is fetched again", "blob", s.digest, "offset", chunk*s.chunkSize, "err", why)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.inflight[chunk] != pend {
@@ -130,7 +130,7 @@ func (f *flight) discard(chunk int64, pend *pending, why error) {
 		return
 	}
 	if err := s.disk.erase(chunk, chunk+1); err != nil {
-		s.cache.options.Logger.Warn("discard a cached chunk", "blob", s.digest, "chunk", chunk, "error", err)
+		s.cache.options.Logger.Warn("a cached chunk that is no good cannot be discarded", "blob", s.digest, "offset", chunk*s.chunkSize, "err", err)
 	}
 }
 
@@ -149,17 +149,17 @@ func (f *flight) dispute(chunk int64, pend *pending, why error) {
 	pend.disputed = true
 	region := chunk / s.disk.perRegion
 	if f.lock(chunk) != nil || s.disk.lockRegion(unix.F_WRLCK, region) != nil {
-		log.Warn("cached chunk refused; it is fetched again, and the cached one left to who reads it", "blob", s.digest, "chunk", chunk, "error", why)
+		log.Warn("cached chunk refused; it is fetched again, and the cached one left to who reads it", "blob", s.digest, "offset", chunk*s.chunkSize, "err", why)
 		return
 	}
-	log.Warn("cached chunk refused; it is fetched again", "blob", s.digest, "chunk", chunk, "error", why)
+	log.Warn("cached chunk refused; it is fetched again", "blob", s.digest, "offset", chunk*s.chunkSize, "err", why)
 	if err := s.disk.erase(chunk, chunk+1); err != nil {
-		log.Warn("discard a cached chunk", "blob", s.digest, "chunk", chunk, "error", err)
+		log.Warn("a cached chunk that is no good cannot be discarded", "blob", s.digest, "offset", chunk*s.chunkSize, "err", err)
 	} else {
 		pend.disputed = false
 	}
 	if err := s.disk.lockRegion(unix.F_RDLCK, region); err != nil {
-		log.Warn("share a region again", "blob", s.digest, "region", region, "error", err)
+		log.Warn("a part of the cache cannot be shared again", "blob", s.digest, "offset", region*s.disk.perRegion*s.chunkSize, "err", err)
 	}
 }
 
@@ -188,7 +188,7 @@ func (f *flight) unlock() {
 		}
 		delete(s.locks, chunk)
 		if err := s.disk.lockChunk(unix.F_UNLCK, chunk); err != nil {
-			s.cache.options.Logger.Warn("unlock a chunk", "blob", s.digest, "chunk", chunk, "error", err)
+			s.cache.options.Logger.Warn("the lock of a cached chunk cannot be let go; other processes wait for it", "blob", s.digest, "offset", chunk*s.chunkSize, "err", err)
 		}
 	}
 	f.locks = nil

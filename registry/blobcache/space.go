@@ -185,7 +185,7 @@ func (s *space) refill(n int64) error {
 		// Some more than is needed, so that this is not done for each grant.
 		freed, err := s.c.evict(short+s.limit/64, false)
 		if err != nil {
-			s.c.options.Logger.Warn("evict from the cache", "directory", s.c.dir.Name(), "error", err)
+			s.c.options.Logger.Warn("the cache cannot evict; it may keep more than it should", "cache", s.c.dir.Name(), "err", err)
 		}
 		used = max(used-freed, 0)
 		if short, err = s.short(used, n); err != nil {

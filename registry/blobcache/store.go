@@ -268,7 +268,7 @@ func (s *store) readResident(p []byte, off int64) bool {
 
 // spoil makes chunks absent that cannot be read back.
 func (s *store) spoil(first, end int64, why error) {
-	s.cache.options.Logger.Warn("cached chunks cannot be read; they are fetched again", "blob", s.digest, "error", why)
+	s.cache.options.Logger.Warn("cached chunks cannot be read; they are fetched again", "blob", s.digest, "offset", first*s.chunkSize, "err", why)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for c := first; c < end; c++ {
