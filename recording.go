@@ -47,6 +47,7 @@ type recording struct {
 	recorder *profile.Recorder
 	log      *slog.Logger
 	pause    time.Duration
+	saved    func(error) // nil, or told of each writing while the mount goes on
 
 	begun bool
 	stop  chan struct{}
@@ -153,6 +154,9 @@ func (r *recording) follow() {
 			r.log.Error("what is read is recorded, and cannot be written; that is tried again", "file", r.file, "err", err)
 		}
 		failing = err != nil
+		if r.saved != nil {
+			r.saved(err)
+		}
 	}
 }
 
