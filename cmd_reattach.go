@@ -129,6 +129,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 		// The mount is served; only who asked does not hear of it.
 		log.Error("the mount is served again, and who asked for that could not be told", "err", err)
 	}
+	src.recording.start()
 	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
 }
@@ -215,6 +216,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
 	s.keep = keptOptions(rec.Access)
+	s.record, s.resume = rec.Access.Record, true
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}

@@ -73,6 +73,8 @@ type sourceOptions struct {
 	onError  string
 	tlsCA    string
 	verify   string
+	record   string // the file of a profile; "": nothing is recorded
+	resume   bool   // goes on with what is in that file
 	// creds says that name and password come in one line.
 	creds bool
 }
@@ -85,6 +87,7 @@ func (s *sourceOptions) access() backend.Access {
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify,
+		Record: s.record,
 	}
 }
 
@@ -171,6 +174,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if s.keep, err = readKeepOptions(c); err != nil {
 		return err
 	}
+	if s.record, err = recordOption(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -224,6 +230,8 @@ type opened struct {
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
 	wrong chan error
+	// recording is nil where nothing is recorded.
+	recording *recording
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -314,7 +322,15 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 		})
 	}
 	o.id = identity.ChainID(digests).String()
-	return all.Wait()
+	if err := all.Wait(); err != nil || s.record == "" {
+		return err
+	}
+	record := newRecording
+	if s.resume {
+		record = resumeRecording
+	}
+	o.recording, err = record(s.record, o.layers, log)
+	return err
 }
 
 // volume is what was opened, for a backend.
@@ -426,7 +442,7 @@ func (o *opened) explain(err error) error {
 
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
-	var errs []error
+	errs := []error{o.recording.Close()}
 	for _, l := range o.layers {
 		if l.blob != nil {
 			errs = append(errs, l.blob.Close())

@@ -82,6 +82,8 @@ type Access struct {
 	SkipTLSVerify   bool   `json:"skip_tls_verify,omitempty"`
 	MaxConnsPerHost int    `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
+
+	Record string `json:"record,omitempty"` // the file of the profile that is recorded
 }
 
 // State says how a recorded mount is.
