@@ -222,6 +222,24 @@ func TestManyOpenAtOnce(t *testing.T) {
 	}
 }
 
+// TestKeptOfWholeAnswers: a server that knows no ranges sends more than is to be kept.
+func TestKeptOfWholeAnswers(t *testing.T) {
+	for name, kinds := range allKinds() {
+		if name == "several" {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			s := newShelf(t, kinds...)
+			s.registry.SetFault(fakeregistry.NoRanges().OnBlobs())
+			s.fill()
+			s.registry.Stop()
+			if failed := s.readAll(s.mustOpen(true)); failed > 0 {
+				t.Errorf("%d reads failed: %s", failed, s.log.String())
+			}
+		})
+	}
+}
+
 // A doorman counts who comes to where the registry was.
 type doorman struct {
 	net.Listener
@@ -571,6 +589,44 @@ func TestKeptWasWrong(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestLeafWasWrong: a part of a tree that was kept wrong is found out while many read, of whom some read another part
+// at that moment. All of them get what they want.
+func TestLeafWasWrong(t *testing.T) {
+	const mib, readers = 1 << 20, 16
+	image := imageBytes(40 * mib)
+	b := verifiable.Make(t, image, verifiable.Options{Verity: true})
+	s := newShelf(t, verifiable.Options{})
+	_, err := ocipush.Push(t.Context(), s.registry.URL(), "x:v1", b.Layers(), ocipush.Options{})
+	must(t, err)
+	s.blobs = []*verifiable.Blob{b}
+	o := s.mustOpen(false)
+	part := o.layers[0].blob.beside[0].part
+	must(t, o.Close())
+	if part.size <= 256<<10 {
+		t.Fatalf("the tree has %d bytes, which is one part", part.size)
+	}
+	s.lie(part, int(part.size)-5000)
+	o = s.mustOpen(false)
+	var all sync.WaitGroup
+	for k := range readers {
+		all.Go(func() {
+			p := make([]byte, mib)
+			for at := k * mib; at < len(image); at += readers * mib {
+				if err := o.layers[0].blob.ReadAt(context.Background(), p, int64(at)); err != nil {
+					t.Errorf("at %d: %v", at, err)
+				} else if !bytes.Equal(p, image[at:at+mib]) {
+					t.Errorf("wrong bytes at %d", at)
+				}
+			}
+		})
+	}
+	all.Wait()
+	must(t, o.Close())
+	if !strings.Contains(s.log.String(), "is removed") {
+		t.Error("nothing was found out")
 	}
 }
 
