@@ -136,6 +136,9 @@ type OpenOptions struct {
 	// called again when every chunk is here and some have not passed: after some seconds, or as long as lets the calls
 	// take a tenth of the time.
 	OnComplete func() bool
+	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
+	// slot, so its own flights have others. They have no Label.
+	Beneath bool
 	// NoReadahead has nothing fetched ahead of those who read through this Blob.
 	NoReadahead bool
 }
@@ -156,6 +159,12 @@ type storeKey struct {
 	verified bool
 }
 
+// Slots bound what is done at a time.
+type slots struct {
+	fetches *semaphore.Weighted // that somebody waits for
+	loads   *semaphore.Weighted // reads of whole chunks from the disk
+}
+
 // Cache is a directory of blobs. Its methods may be called in parallel.
 type Cache struct {
 	options Options
@@ -170,6 +179,7 @@ type Cache struct {
 	fetches *semaphore.Weighted // MaxFetches
 	ahead   *semaphore.Weighted // MaxAhead
 	loads   *semaphore.Weighted // reads of whole chunks from the disk
+	beneath slots               // of the blobs that others are verified by
 	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
 	background *background
@@ -201,6 +211,7 @@ func New(dir string, o Options) (*Cache, error) {
 		fetches: semaphore.NewWeighted(int64(o.MaxFetches)),
 		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
 		loads:   semaphore.NewWeighted(maxLoads),
+		beneath: slots{semaphore.NewWeighted(int64(o.MaxFetches)), semaphore.NewWeighted(maxLoads)},
 
 		background: newBackground(o),
 		stores:     make(map[storeKey]*store),
@@ -267,7 +278,7 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 		c.stores[key] = s
 	}
 	s.refs++
-	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
 	s.mu.Lock()
