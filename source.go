@@ -296,6 +296,7 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 	if err != nil {
 		return err
 	}
+	s.meter.measureCache(&keep)
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err
 	}
