@@ -61,6 +61,7 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if s.offline {
 		keep.Readahead = -1
 	}
+	s.meter.measureCache(&keep)
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err

@@ -95,6 +95,12 @@ func (p *pushed) open(t *testing.T, verify string) (*reader, error) {
 // openIn is open with a cache that others use.
 func (p *pushed) openIn(t *testing.T, dir, verify string, options registry.Options) (*reader, error) {
 	t.Helper()
+	return p.openBy(t, dir, verify, options, blobcache.Options{})
+}
+
+// openBy is openIn with a cache of these options.
+func (p *pushed) openBy(t *testing.T, dir, verify string, options registry.Options, keep blobcache.Options) (*reader, error) {
+	t.Helper()
 	options.RegistriesConf = p.conf
 	log := options.Logger
 	if log == nil {
@@ -105,7 +111,8 @@ func (p *pushed) openIn(t *testing.T, dir, verify string, options registry.Optio
 	t.Cleanup(func() { client.Close() })
 	im, err := client.Resolve(t.Context(), p.ref, registry.Selector{})
 	must(t, err)
-	cache, err := blobcache.New(dir, blobcache.Options{Logger: log})
+	keep.Logger = log
+	cache, err := blobcache.New(dir, keep)
 	must(t, err)
 	t.Cleanup(func() { cache.Close() })
 	p.reset()

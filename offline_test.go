@@ -708,7 +708,10 @@ func TestReattachedOffline(t *testing.T) {
 	o.record(&rec)
 	must(t, o.Close())
 	p := &program{stderr: &s.said, stdout: io.Discard, getenv: func(string) string { return "" }}
-	again, _, err := p.openRecorded(t.Context(), rec, "", newServerLog(io.Discard))
+	log, err := p.newLog(logOptions{})
+	must(t, err)
+	t.Cleanup(p.closeLog)
+	again, _, err := p.openRecorded(t.Context(), rec, "", nil, log)
 	must(t, err)
 	if failed := s.readAll(again); failed > 0 {
 		t.Errorf("%d reads failed", failed)

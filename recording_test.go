@@ -206,7 +206,7 @@ func openedAsRecorded(t *testing.T, p *pushed, file string, said *strings.Builde
 	log, err := prog.newLog(logOptions{})
 	must(t, err)
 	t.Cleanup(prog.closeLog)
-	o, _, err := prog.openRecorded(t.Context(), rec, "", log)
+	o, _, err := prog.openRecorded(t.Context(), rec, "", nil, log)
 	must(t, err)
 	return o
 }

@@ -77,6 +77,8 @@ type sourceOptions struct {
 	verify   string
 	record   string // the file of a profile; "": nothing is recorded
 	resume   bool   // goes on with what is in that file
+	metrics  string // where they are served; "": nowhere
+	meter    *meter // counts; nil where nobody looks
 	// creds says that name and password come in one line.
 	creds bool
 	// offline: the registry is asked for nothing.
@@ -91,7 +93,7 @@ func (s *sourceOptions) access() backend.Access {
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Offline: s.offline,
-		Record: s.record,
+		Record: s.record, Metrics: s.metrics,
 	}
 }
 

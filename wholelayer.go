@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/chunked"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 )
@@ -158,7 +159,8 @@ func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *thr
 			return blob.FetchElsewhere(ctx, off, n, why)
 		}
 	}
-	body, start, _, err := fetch(ctx, 0, blob.Size())
+	// It is no metadata: the mount waits for its data.
+	body, start, _, err := fetch(registry.WithCause(ctx, string(blobcache.Demand)), 0, blob.Size())
 	if err != nil {
 		return err
 	}

@@ -83,6 +83,7 @@ type Access struct {
 	MaxConnsPerHost int    `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
 	Offline         bool   `json:"offline,omitempty"`            // nothing is fetched
+	Metrics         string `json:"metrics,omitempty"`            // where they are served
 
 	Record string `json:"record,omitempty"` // the file of the profile that is recorded
 }

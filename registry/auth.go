@@ -37,7 +37,9 @@ type authTransport struct {
 	tokens  tokenService
 	tasks   *tasks
 	log     *slog.Logger
-	flights singleflight.Group
+	// happened is told of each token that was fetched.
+	happened func(Event)
+	flights  singleflight.Group
 
 	mu      sync.Mutex
 	current challenge           // the last one; zero: nothing was asked for yet
@@ -251,8 +253,16 @@ func (t *authTransport) fetch(asked challenge) (grant, error) {
 		g.header = "Basic " + who.basic()
 	}
 	t.mu.Lock()
+	before := t.grants[asked]
 	t.grants[asked], t.who = g, who
 	t.mu.Unlock()
+	switch {
+	case asked.scheme != "bearer":
+	case before.header == "":
+		t.happened(EventToken)
+	default:
+		t.happened(EventTokenRefresh)
+	}
 	return g, nil
 }
 

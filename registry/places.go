@@ -164,6 +164,7 @@ func (p *place) leave(err error) {
 	if p.pausedUntil.Swap(now.Add(mirrorPause).UnixNano()) > now.UnixNano() {
 		return // another reader has said so
 	}
+	p.client.happened(EventMirrorLeft)
 	if !p.leftAt.CompareAndSwap(0, now.UnixNano()) {
 		p.client.log.Debug("mirror left again", "mirror", p.ref.name(), "for", mirrorPause, "err", err)
 		return
