@@ -120,7 +120,7 @@ func (k *keeper) Put(ctx context.Context, d digest.Digest, raw []byte) {
 		return
 	}
 	if _, err := k.read(ctx, d, int64(len(raw)), inMemory(raw)); err != nil && ctx.Err() == nil {
-		k.log.Warn("a document of the image is not kept", "digest", d, "err", err)
+		k.log.Warn("a document of the image is not kept; --offline will not find it", "blob", d, "err", err)
 	}
 }
 

@@ -140,7 +140,7 @@ func (m *metering) text() string {
 	var b bytes.Buffer
 	for _, f := range families {
 		if _, err := expfmt.MetricFamilyToText(&b, f); err != nil {
-			m.log.Error("a metric is missing", "metric", f.GetName(), "err", err)
+			m.log.Error("some metrics are missing", "err", fmt.Errorf("%s: %w", f.GetName(), err))
 		}
 	}
 	return b.String()

@@ -711,7 +711,9 @@ func TestReattachedOffline(t *testing.T) {
 	log, err := p.newLog(logOptions{})
 	must(t, err)
 	t.Cleanup(p.closeLog)
-	again, _, err := p.openRecorded(t.Context(), rec, "", nil, log)
+	metering, err := resumeMetering(rec.Access, log.Logger)
+	must(t, err)
+	again, _, err := p.openRecorded(t.Context(), rec, "", metering, log)
 	must(t, err)
 	if failed := s.readAll(again); failed > 0 {
 		t.Errorf("%d reads failed", failed)

@@ -206,7 +206,9 @@ func openedAsRecorded(t *testing.T, p *pushed, file string, said *strings.Builde
 	log, err := prog.newLog(logOptions{})
 	must(t, err)
 	t.Cleanup(prog.closeLog)
-	o, _, err := prog.openRecorded(t.Context(), rec, "", nil, log)
+	metering, err := resumeMetering(rec.Access, log.Logger)
+	must(t, err)
+	o, _, err := prog.openRecorded(t.Context(), rec, "", metering, log)
 	must(t, err)
 	return o
 }

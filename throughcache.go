@@ -126,7 +126,7 @@ func (t *throughCache) remove(why error) {
 	t.distrusted.Store(true) // before reads of what is kept fail
 	t.log.Warn("what is kept beside a layer is wrong, and is removed", "blob", t.Digest(), "offset", t.part.off, "bytes", t.part.size, "err", why)
 	if err := t.kept.Purge(); err != nil {
-		t.log.Error("the cache may keep something that is wrong", "blob", t.Digest(), "err", err)
+		t.log.Error("the cache may keep something that is wrong beside a layer; it is noticed each time", "blob", t.Digest(), "err", err)
 	}
 }
 

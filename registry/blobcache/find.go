@@ -49,7 +49,7 @@ func (c *Cache) sizeOf(name string) (int64, error) {
 	case errors.Is(err, errLocked), errors.Is(err, fs.ErrNotExist):
 		return -1, nil // it is about to be removed
 	case err != nil:
-		c.options.Logger.Warn("a file of the cache is of no use", "error", err)
+		c.options.Logger.Warn("a file of the cache is of no use", "cache", c.dir.Name(), "err", err)
 		return -1, nil
 	}
 	return d.size, d.close()
