@@ -367,8 +367,15 @@ func TestOfflineRefused(t *testing.T) {
 	refused(s, errNeverMounted, s.ref, "not mounted before")
 	s.fill()
 	s.mustOpen(true)
+	s.registry.Stop()
+	if _, err := s.open(false); err == nil || !strings.Contains(err.Error(), "--offline takes what it led to the last time") {
+		t.Errorf("without --offline: %v", err)
+	}
 	other := *s
 	other.ref = s.registry.Addr() + "/x:v2"
+	if _, err := other.open(false); err == nil || strings.Contains(err.Error(), "--offline") {
+		t.Errorf("what was never mounted, without --offline: %v", err)
+	}
 	refused(&other, errNeverMounted, other.ref)
 	other.ref = s.registry.Addr() + "/y:v1"
 	refused(&other, errNeverMounted, other.ref)
