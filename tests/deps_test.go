@@ -44,6 +44,7 @@ var lattice = map[string]room{
 		others: []string{"github.com/klauspost/compress"},
 	},
 	"registry/verified": {ours: []string{"registry/integrity"}},
+	"registry/profile":  {},
 	"registry/tarlayer": {
 		others: []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/opencontainers/go-digest",
 			"github.com/opencontainers/image-spec"},
