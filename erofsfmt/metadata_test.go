@@ -135,7 +135,9 @@ func largeTree(t testing.TB, files int) memory {
 			add(mkerofs.Entry{Path: name, Mode: mkerofs.ModeSymlink | 0o777, Target: fmt.Sprintf("../../a/target/for/%d", i)})
 		default:
 			e := mkerofs.Entry{Path: name, Mode: mkerofs.ModeRegular | 0o644, Size: int64(i%7) * 700}
-			e.Open = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(pattern(int(e.Size), byte(i)))), nil }
+			e.Open = func() (io.ReadCloser, error) {
+				return io.NopCloser(bytes.NewReader(pattern(int(e.Size), byte(i)))), nil
+			}
 			if i%16 == 5 {
 				e.Xattrs = map[string][]byte{"user.shared": []byte("by many"), "user.own": fmt.Append(nil, i)}
 			}
