@@ -37,7 +37,7 @@ func (p *program) mountCommand() *cli.Command {
 			&cli.BoolFlag{Name: "tmpfs-overlay", Usage: "mount writable; keep what is written in memory, until the mount ends"},
 			&cli.IntFlag{Name: "nbd-connections", Value: 1, Usage: "with nbd: `N` sockets to the kernel's device; requests are concurrent on each"},
 			&cli.BoolFlag{Name: "supervise", Usage: "with nbd: start another server when this one dies; readers wait meanwhile"},
-		}, imageFlags()...),
+		}, append(imageFlags(), prefetchFlags()...)...),
 		Action: p.mount,
 	}
 }
@@ -201,6 +201,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
+	src.startPrefetch(m.source.prefetch, log.Logger)
 	if err := src.checkDevices(ctx); err != nil {
 		return err
 	}

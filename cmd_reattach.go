@@ -207,6 +207,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
 	s.keep = keptOptions(rec.Access)
+	s.prefetch = recordedPrefetch(rec.Access, log.Logger)
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}
@@ -221,6 +222,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err := p.openBlobs(ctx, o, ref, s, log.Logger); err != nil {
 		return nil, nil, errors.Join(err, o.Close())
 	}
+	o.startPrefetch(s.prefetch, log.Logger)
 	return o, devices, nil
 }
 

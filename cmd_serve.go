@@ -39,7 +39,7 @@ func (p *program) serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "tls-key", Usage: "the certificate's key in `FILE` (PEM)"},
 			&cli.StringFlag{Name: "tls-client-ca", Usage: "serve only clients with a certificate by an authority in `FILE` (PEM)"},
 			&cli.BoolFlag{Name: "public", Usage: "let everybody who reaches the address read the image"},
-		}, sourceFlags()...),
+		}, append(sourceFlags(), prefetchFlags()...)...),
 		Action: p.serve,
 	}
 }
@@ -90,6 +90,7 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
+	src.startPrefetch(s.source.prefetch, log.Logger)
 	server, err := nbdserve.NewServer(
 		nbdserve.Export{Description: fmt.Sprintf("%s %s", src.ref, src.id), Source: src.volume().Primary},
 		nbdserve.Options{TLS: s.tls, Log: log.Logger})

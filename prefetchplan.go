@@ -14,11 +14,11 @@ import (
 )
 
 const (
-	// prefetchPiece is what is asked for at a time: what the cache gets with one request.
-	prefetchPiece = 8 << 20
-	// prefetchAtOnce is how many pieces are asked for at a time: one more than the cache fetches, which is so never
-	// without work.
-	prefetchAtOnce = 3
+	// prefetchPiece is what is asked for at a time: what the cache gets with one request for this.
+	prefetchPiece = 4 << 20
+	// prefetchAtOnce is how many pieces are asked for at a time. It is as many as the cache fetches: with more, those that
+	// come later might be first.
+	prefetchAtOnce = 2
 	// metadataAtOnce is of how many layers the metadata is looked for side by side: it is round trips that cost time there.
 	metadataAtOnce = 4
 )

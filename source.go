@@ -73,6 +73,7 @@ type sourceOptions struct {
 	onError  string
 	tlsCA    string
 	verify   string
+	prefetch prefetchOptions
 	// creds says that name and password come in one line.
 	creds bool
 }
@@ -85,6 +86,7 @@ func (s *sourceOptions) access() backend.Access {
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify,
+		Prefetch: s.prefetch.mode, PrefetchRate: s.prefetch.rate, PrefetchBudget: s.prefetch.budget,
 	}
 }
 
@@ -171,6 +173,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if s.keep, err = readKeepOptions(c); err != nil {
 		return err
 	}
+	if s.prefetch, err = readPrefetchOptions(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -223,7 +228,8 @@ type opened struct {
 	cache  *blobcache.Cache
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
-	wrong chan error
+	wrong    chan error
+	prefetch *prefetcher // nil: nothing is fetched in the background
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -294,6 +300,7 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 	if err != nil {
 		return err
 	}
+	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, prefetchAtOnce
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err
 	}
@@ -426,6 +433,7 @@ func (o *opened) explain(err error) error {
 
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
+	o.prefetch.Close()
 	var errs []error
 	for _, l := range o.layers {
 		if l.blob != nil {

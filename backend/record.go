@@ -79,6 +79,10 @@ type Access struct {
 	SkipTLSVerify   bool   `json:"skip_tls_verify,omitempty"`
 	MaxConnsPerHost int    `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
+
+	Prefetch       string `json:"prefetch,omitempty"` // these three as they were given; a profile with its whole path
+	PrefetchRate   string `json:"prefetch_rate,omitempty"`
+	PrefetchBudget string `json:"prefetch_budget,omitempty"`
 }
 
 // State says how a recorded mount is.

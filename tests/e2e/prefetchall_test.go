@@ -267,34 +267,43 @@ func TestPrefetchUnmount(t *testing.T) {
 }
 
 // TestPrefetchIsBehind: a read that somebody waits for does not wait for what is fetched in the background: until its
-// answer is there, the link carries little more than that, and what was on its way.
+// answer is there, the link carries little more than without that.
 func TestPrefetchIsBehind(t *testing.T) {
-	const latency, bandwidth = 20 * time.Millisecond, 25 << 20
-	im, s := served(t)
+	// On a faster link a machine that is busy lets more pass than the round trips do.
+	const latency, bandwidth = 20 * time.Millisecond, 4 << 20
+	im, _ := served(t)
 	im.SetLatency(latency)
 	im.SetBandwidth(bandwidth)
-	dir := s.mount(im.ref, "--prefetch=all")
-	f, err := os.Open(filepath.Join(dir, bigFile))
-	must(t, err)
-	defer f.Close()
-	_, err = f.Stat()
-	must(t, err)
-	var carried []int64
-	for i := range 5 {
-		await(t, "it goes on", func() bool { return im.Stats().BlobBytes > int64(i+1)<<20 })
-		off := int64(bigSize - (i+1)<<20) // the file lies at the end
-		before := im.Stats().BlobBytes
-		shows(t, f, off, "while all is fetched")
-		carried = append(carried, im.Stats().BlobBytes-before)
+	// carried is how much the link carries until the answer to a read: the lower quartile of several, for the machine may
+	// have others to serve, and the link goes on meanwhile.
+	carried := func(state backend.PrefetchState, flags ...string) int64 {
+		s := newSession(t)
+		dir := s.mount(im.ref, flags...)
+		f, err := os.Open(filepath.Join(dir, bigFile))
+		must(t, err)
+		defer f.Close()
+		_, err = f.Stat()
+		must(t, err)
+		var all []int64
+		for i := range 9 {
+			before := im.Stats().BlobBytes
+			shows(t, f, int64(bigSize-(2*i+1)<<20), "while all is fetched") // the file lies at the end
+			all = append(all, im.Stats().BlobBytes-before)
+		}
+		if st := s.mountStatus(dir).Prefetch; state != "" && st.State != state {
+			t.Fatalf("prefetch: %+v", st)
+		}
+		slices.Sort(all)
+		t.Logf("%v: %d bytes were carried until the answers", flags, all)
+		return all[len(all)/4]
 	}
-	if st := s.mountStatus(dir).Prefetch; st.State != backend.PrefetchRunning {
-		t.Fatalf("it is over: %+v", st)
-	}
-	slices.Sort(carried)
-	t.Logf("%d bytes were carried until the answers", carried)
-	// The answer is a chunk. A machine that stands still now and then lets the link carry more.
-	if most := int64(2*latency.Seconds()*bandwidth) + chunk; carried[len(carried)/2] > most {
-		t.Errorf("%d bytes were carried until the answers, at most %d should be", carried, most)
+	alone := carried("")
+	behind := carried(backend.PrefetchRunning, "--prefetch=all")
+	// What is on its way when the reader comes arrives: two round trips of it, and what two connections take that nobody
+	// reads, which a kernel's buffers make 128 KiB each. If the three of them shared the link, it would carry twice the
+	// answer more, and what it does in a round trip: 200 KB above this.
+	if most := alone + int64(2*latency.Seconds()*bandwidth) + 2*(128<<10); behind > most {
+		t.Errorf("%d bytes were carried until an answer, at most %d should be", behind, most)
 	}
 }
 
