@@ -311,6 +311,7 @@ func TestPrefetchIsBehind(t *testing.T) {
 func TestPrefetchRate(t *testing.T) {
 	im, s := served(t)
 	const rate, burst = 16 << 20, 4 << 20
+	im.SetBandwidth(1 << 30) // so that what is not read is not sent
 	began := time.Now()
 	dir := s.mount(im.ref, "--prefetch=all", "--prefetch-rate=16MiB")
 	await(t, "all is here", func() bool {
