@@ -29,6 +29,11 @@ type piece struct {
 	off, n int64
 }
 
+// takes says that the next piece can be fetched with one.
+func (p piece) takes(next piece) bool {
+	return p.layer == next.layer && p.off+p.n == next.off && p.n+next.n <= prefetchPiece
+}
+
 // cutPieces cuts a range where a request of the cache would end.
 func cutPieces(pieces []piece, l *layerSource, off, n int64) []piece {
 	for n > 0 {
@@ -113,11 +118,10 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	layers := map[string]*layerSource{}
 	for _, l := range p.layers {
 		layers[l.digest] = l
-		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != l.size {
-			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, l.size)
+		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != p.sizes[l] {
+			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, p.sizes[l])
 		}
 	}
-	var pieces []piece
 	unit := func(digest string) int64 {
 		if l := layers[digest]; l != nil {
 			return l.cached.Unit()
@@ -125,14 +129,16 @@ func (p *prefetcher) replay(ctx context.Context) error {
 		return 0
 	}
 	reads := p.how.profile.Reads(p.how.bytes, unit)
+	var pieces []piece
 	for _, r := range reads {
 		l := layers[r.Digest]
-		if last := len(pieces) - 1; last >= 0 && pieces[last].layer == l && pieces[last].off+pieces[last].n == r.Off && pieces[last].n+r.Len <= prefetchPiece {
-			pieces[last].n += r.Len
+		next := piece{l, r.Off, min(r.Len, l.cached.Size()-r.Off)} // the blob may have something behind that
+		p.want(max(next.n, 0))
+		if last := len(pieces) - 1; last >= 0 && pieces[last].takes(next) {
+			pieces[last].n += next.n
 		} else {
-			pieces = cutPieces(pieces, l, r.Off, r.Len)
+			pieces = cutPieces(pieces, l, next.off, next.n)
 		}
-		p.want(r.Len)
 	}
 	if err := p.bring(ctx, pieces); err != nil {
 		return err

@@ -74,6 +74,8 @@ type sourceOptions struct {
 	tlsCA    string
 	verify   string
 	prefetch prefetchOptions
+	record   string // the file of a profile; "": nothing is recorded
+	resume   bool   // goes on with what is in that file
 	// creds says that name and password come in one line.
 	creds bool
 }
@@ -87,6 +89,7 @@ func (s *sourceOptions) access() backend.Access {
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify,
 		Prefetch: s.prefetch.mode, PrefetchRate: s.prefetch.rate, PrefetchBudget: s.prefetch.budget,
+		Record: s.record,
 	}
 }
 
@@ -176,6 +179,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if s.prefetch, err = readPrefetchOptions(c); err != nil {
 		return err
 	}
+	if s.record, err = recordOption(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -230,6 +236,8 @@ type opened struct {
 	// one of each layer.
 	wrong    chan error
 	prefetch *prefetcher // nil: nothing is fetched in the background
+	// recording is nil where nothing is recorded.
+	recording *recording
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -321,7 +329,15 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 		})
 	}
 	o.id = identity.ChainID(digests).String()
-	return all.Wait()
+	if err := all.Wait(); err != nil || s.record == "" {
+		return err
+	}
+	record := newRecording
+	if s.resume {
+		record = resumeRecording
+	}
+	o.recording, err = record(s.record, o.layers, log)
+	return err
 }
 
 // volume is what was opened, for a backend.
@@ -434,7 +450,7 @@ func (o *opened) explain(err error) error {
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
 	o.prefetch.Close()
-	var errs []error
+	errs := []error{o.recording.Close()}
 	for _, l := range o.layers {
 		if l.blob != nil {
 			errs = append(errs, l.blob.Close())

@@ -83,6 +83,8 @@ type Access struct {
 	Prefetch       string `json:"prefetch,omitempty"` // these three as they were given; a profile with its whole path
 	PrefetchRate   string `json:"prefetch_rate,omitempty"`
 	PrefetchBudget string `json:"prefetch_budget,omitempty"`
+
+	Record string `json:"record,omitempty"` // the file of the profile that is recorded
 }
 
 // State says how a recorded mount is.
