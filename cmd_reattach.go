@@ -222,6 +222,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
 	s.keep = keptOptions(rec.Access)
+	s.prefetch = recordedPrefetch(rec.Access, log.Logger)
 	s.record, s.resume = rec.Access.Record, true
 	metering.measure(s)
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
@@ -241,6 +242,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err := p.openBlobs(ctx, o, ref, s, log.Logger); err != nil {
 		return nil, nil, errors.Join(err, o.Close())
 	}
+	o.startPrefetch(s.prefetch, log.Logger)
 	return o, devices, nil
 }
 

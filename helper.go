@@ -163,7 +163,7 @@ func helperKeys() map[string]bool {
 		"on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
 		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true, "verify": true, "log-format": true,
 		"log-level": true, "plain-http": false, "tmpfs-overlay": false, "supervise": false, "record": true,
-		"offline": false, "metrics": true,
+		"offline": false, "metrics": true, "prefetch": true, "prefetch-rate": true, "prefetch-budget": true,
 	}
 }
 

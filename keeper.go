@@ -62,6 +62,7 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if s.offline {
 		keep.Readahead = -1
 	}
+	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, prefetchAtOnce
 	s.meter.measureCache(&keep)
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {

@@ -75,6 +75,7 @@ type sourceOptions struct {
 	onError  string
 	tlsCA    string
 	verify   string
+	prefetch prefetchOptions
 	record   string // the file of a profile; "": nothing is recorded
 	resume   bool   // goes on with what is in that file
 	metrics  string // where they are served; "": nowhere
@@ -94,6 +95,7 @@ func (s *sourceOptions) access() backend.Access {
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Offline: s.offline,
 		Record: s.record, Metrics: s.metrics,
+		Prefetch: s.prefetch.mode, PrefetchRate: s.prefetch.rate, PrefetchBudget: s.prefetch.budget,
 	}
 }
 
@@ -180,6 +182,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if s.keep, err = readKeepOptions(c); err != nil {
 		return err
 	}
+	if s.prefetch, err = readPrefetchOptions(c); err != nil {
+		return err
+	}
 	if s.record, err = recordOption(c); err != nil {
 		return err
 	}
@@ -244,7 +249,8 @@ type opened struct {
 	keeper  *keeper
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
-	wrong chan error
+	wrong    chan error
+	prefetch *prefetcher // nil: nothing is fetched in the background
 	// recording is nil where nothing is recorded.
 	recording *recording
 
@@ -462,6 +468,7 @@ func (o *opened) explain(err error) error {
 
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
+	o.prefetch.Close()
 	errs := []error{o.recording.Close()}
 	for _, l := range o.layers {
 		if l.blob != nil {

@@ -15,10 +15,30 @@ import (
 
 // MountStatus is what the server of a mount knows of it now, beside what is recorded.
 type MountStatus struct {
-	Layers []LayerStatus `json:"layers"`
+	Layers   []LayerStatus   `json:"layers"`
+	Prefetch *PrefetchStatus `json:"prefetch,omitempty"` // nil: nothing was to be fetched in the background
 	// Metrics are what the server counts, in the text format of Prometheus. "" from a version that counts nothing.
 	Metrics string `json:"metrics,omitempty"`
 }
+
+// PrefetchStatus is how far the fetching in the background is.
+type PrefetchStatus struct {
+	Mode    string        `json:"mode"` // as --prefetch has it
+	State   PrefetchState `json:"state"`
+	Wanted  int64         `json:"wanted"`          // bytes, as far as that is known
+	Fetched int64         `json:"fetched"`         // those of them that are here
+	Error   string        `json:"error,omitempty"` // why it waits, or was stopped
+}
+
+// PrefetchState says what the fetching in the background does.
+type PrefetchState string
+
+const (
+	PrefetchRunning PrefetchState = "running"
+	PrefetchWaiting PrefetchState = "waiting" // something went wrong, and is tried again later
+	PrefetchDone    PrefetchState = "done"
+	PrefetchStopped PrefetchState = "stopped" // there is more, and it will not be fetched
+)
 
 // LayerStatus is that of one layer's image.
 type LayerStatus struct {

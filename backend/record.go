@@ -85,6 +85,10 @@ type Access struct {
 	Offline         bool   `json:"offline,omitempty"`            // nothing is fetched
 	Metrics         string `json:"metrics,omitempty"`            // where they are served
 
+	Prefetch       string `json:"prefetch,omitempty"` // these three as they were given; a profile with its whole path
+	PrefetchRate   string `json:"prefetch_rate,omitempty"`
+	PrefetchBudget string `json:"prefetch_budget,omitempty"`
+
 	Record string `json:"record,omitempty"` // the file of the profile that is recorded
 }
 
