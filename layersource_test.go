@@ -394,7 +394,7 @@ func TestPoison(t *testing.T) {
 			break
 		}
 	}
-	if err := r.ReadAt(t.Context(), buf[:10], imageSize-10); err != nil && r.wrong.Load() == nil {
+	if err := r.ReadAt(t.Context(), buf[:10], imageSize-10); err != nil && r.layerSource.wrong.Load() == nil {
 		t.Error(err)
 	}
 	<-r.told
