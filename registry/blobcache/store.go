@@ -80,17 +80,6 @@ type counters struct {
 	fetches, fetchesAhead, fetchesPrefetch, bytesFetched, bytesAhead, bytesPrefetch, bytesServed, hits, misses, chunksPresent atomic.Int64
 }
 
-// bytesOf gives where bytes are counted that are fetched for this cause; those of demand are all others.
-func (c *counters) bytesOf(cause Cause) *atomic.Int64 {
-	switch cause {
-	case Readahead:
-		return &c.bytesAhead
-	case Prefetch:
-		return &c.bytesPrefetch
-	}
-	return nil
-}
-
 // Stats counts what the blobs of one digest did since the first of them was opened.
 type Stats struct {
 	Fetches         int64 // calls of Fetch
