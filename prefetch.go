@@ -123,6 +123,7 @@ type prefetcher struct {
 
 	cancel context.CancelFunc
 	done   sync.WaitGroup
+	warned bool // of trouble; only the goroutine looks
 
 	mu      sync.Mutex // guards what follows
 	status  backend.PrefetchStatus
@@ -189,14 +190,19 @@ func (p *prefetcher) run(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
+			if p.warned {
+				p.log.Warn("what was to be fetched in the background is here")
+			} else {
+				p.log.Info("what was to be fetched in the background is here")
+			}
 			p.end(backend.PrefetchDone, nil)
 			return
+		case errors.Is(err, errBudget):
+			p.log.Info("no more is fetched in the background", "err", err)
+			p.end(backend.PrefetchStopped, err)
+			return
 		case errors.As(err, &stop), errors.Is(err, blobcache.ErrNoRoom):
-			level := slog.LevelWarn
-			if errors.Is(err, errBudget) {
-				level = slog.LevelInfo
-			}
-			p.log.Log(ctx, level, "no more is fetched in the background", "prefetch", p.how.mode, "err", err)
+			p.log.Warn("no more is fetched in the background", "err", err)
 			p.end(backend.PrefetchStopped, err)
 			return
 		}
@@ -237,7 +243,8 @@ func (p *prefetcher) trouble(err error) (came bool) {
 	p.unlucky = true
 	p.mu.Unlock()
 	if came {
-		p.log.Warn("what could not be fetched in the background is tried again later", "prefetch", p.how.mode, "err", err)
+		p.warned = true
+		p.log.Warn("what could not be fetched in the background is tried again later", "err", err)
 	}
 	return came
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 
@@ -99,7 +100,7 @@ func (p *prefetcher) compare(layers []openedLayer) {
 	for _, l := range layers {
 		known[l.blob.digest] = true
 		if _, ok := p.how.profile.Blob(l.blob.digest); !ok {
-			p.log.Debug("the profile does not know a layer", "profile", p.how.mode, "blob", l.blob.digest)
+			p.log.Debug("the profile does not know a layer", "file", p.how.mode, "blob", l.blob.digest)
 		}
 	}
 	var others []string
@@ -109,7 +110,7 @@ func (p *prefetcher) compare(layers []openedLayer) {
 		}
 	}
 	if len(others) > 0 {
-		p.log.Warn("the profile has blobs that are not of this image; they are left out", "profile", p.how.mode, "count", len(others), "first", others[0])
+		p.log.Warn("the profile has blobs that are not of this image; they are left out", "file", p.how.mode, "blob", strings.Join(others, " "))
 	}
 }
 
@@ -185,8 +186,7 @@ func (p *prefetcher) metadataOf(ctx context.Context, l *layerSource) (err error)
 			}
 			return p.bringAll(ctx, pieces, func(bad piece) { src.bad = append(src.bad, bad) })
 		})
-	p.log.Debug("metadata", "blob", l.digest, "requests", stats.Rounds, "bytes", stats.Bytes, "directories", stats.Dirs,
-		"entries", stats.Entries, "faults", stats.Faults, "unread", stats.Unread, "stopped", stats.Stopped, "err", err)
+	p.log.Debug("the metadata of a layer was fetched", "blob", l.digest, "bytes", stats.Bytes, "err", errors.Join(err, stats.Err))
 	var format *erofsfmt.FormatError
 	switch {
 	case errors.As(err, &format):
