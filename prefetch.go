@@ -45,7 +45,6 @@ func (o *prefetchOptions) wanted() bool { return o.mode != "" }
 // readPrefetchOptions checks the flags of a command that has the prefetchFlags. A profile is read now: what is wrong with
 // it is said before anything is mounted.
 func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
-	// --offline, where a command has it, belongs here: nothing can be fetched then.
 	o = prefetchOptions{mode: c.String("prefetch"), rate: c.String("prefetch-rate"), budget: c.String("prefetch-budget")}
 	switch {
 	case c.IsSet("prefetch") && o.mode == "":
@@ -55,6 +54,9 @@ func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
 	}
 	if !o.wanted() && (o.rate != "" || o.budget != "") {
 		return o, usagef("--prefetch-rate and --prefetch-budget go with --prefetch=meta, all or a profile")
+	}
+	if o.wanted() && c.Bool("offline") {
+		return o, usagef("--offline and --prefetch=%s exclude each other: nothing can be fetched", o.mode)
 	}
 	if o.isFile() {
 		// A server in the background has another working directory.

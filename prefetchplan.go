@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -248,17 +249,21 @@ func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
 }
 
 // bringAll is bring for who wants to know what turned out to be wrong. That is left out, for the next time; any other
-// error ends it.
+// error ends it, when what has begun has ended.
 func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
-	group, ctx := errgroup.WithContext(ctx)
+	var group errgroup.Group
 	group.SetLimit(prefetchAtOnce)
+	var failed atomic.Bool
 	for _, next := range pieces {
-		if ctx.Err() != nil {
-			break
-		}
 		group.Go(func() error {
+			if failed.Load() {
+				return nil
+			}
 			err := p.bringPiece(ctx, next)
 			if !isRefused(err) {
+				if err != nil {
+					failed.Store(true)
+				}
 				return err
 			}
 			p.setAside(err)
