@@ -303,9 +303,7 @@ func (f *flight) receive(body io.Reader, start int64) error {
 		}
 		data := (*buffer)[:s.disk.chunkLen(chunk)]
 		n, err := io.ReadFull(r, data)
-		if f.counts != nil {
-			f.counts.Add(int64(n))
-		}
+		f.counts.Add(int64(n))
 		if err != nil {
 			return broken(err, chunk*s.chunkSize+int64(n))
 		}
