@@ -72,6 +72,7 @@ func (l *listed) ask(ctx context.Context, run *backend.RunDir) error {
 	}
 	status, ok, err := run.Status(ctx, l.Dir)
 	if ok {
+		status.Metrics = "" // erofs-oci metrics shows them
 		l.Status = &status
 	}
 	return err

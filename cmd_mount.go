@@ -37,6 +37,7 @@ func (p *program) mountCommand() *cli.Command {
 			&cli.BoolFlag{Name: "tmpfs-overlay", Usage: "mount writable; keep what is written in memory, until the mount ends"},
 			&cli.IntFlag{Name: "nbd-connections", Value: 1, Usage: "with nbd: `N` sockets to the kernel's device; requests are concurrent on each"},
 			&cli.BoolFlag{Name: "supervise", Usage: "with nbd: start another server when this one dies; readers wait meanwhile"},
+			metricsFlag(),
 		}, imageFlags()...),
 		Action: p.mount,
 	}
@@ -68,6 +69,9 @@ func (p *program) mount(c *cli.Context) error {
 		return err
 	}
 	if m.source, err = p.readSourceOptions(c, args[0], log.Logger); err != nil {
+		return err
+	}
+	if m.source.metrics, err = metricsOption(c); err != nil {
 		return err
 	}
 	m.name, m.fuse.CacheBytes = m.source.ref.mountName(), m.source.memory
@@ -196,6 +200,11 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err := claim.Write(rec); err != nil {
 		return err
 	}
+	metering, err := startMetering(m.source, log.Logger)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, metering.Close()) }()
 	src, err := p.open(ctx, m.source, log.Logger)
 	if err != nil {
 		return err
@@ -209,7 +218,8 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return src.explain(err)
 	}
-	watch := watchMount(claim, src, mounted, log.Logger)
+	metering.show(src, mountLabels{rec.Reference, rec.Backend})
+	watch := watchMount(claim, src, mounted, metering, log.Logger)
 	defer func() { err = errors.Join(err, watch.Close()) }()
 	src.record(&rec)
 	err = p.describe(mounted, &rec)

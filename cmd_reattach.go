@@ -101,7 +101,12 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 			err = errors.Join(err, claim.Abandon())
 		}
 	}()
-	src, devices, err := p.openRecorded(ctx, rec, password, log)
+	metering, err := resumeMetering(rec.Access, log.Logger)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, metering.Close()) }()
+	src, devices, err := p.openRecorded(ctx, rec, password, metering, log)
 	if err != nil {
 		return err
 	}
@@ -113,7 +118,8 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	if err != nil {
 		return err
 	}
-	watch := watchMount(claim, src, mounted, log.Logger)
+	metering.show(src, mountLabels{rec.Reference, rec.Backend})
+	watch := watchMount(claim, src, mounted, metering, log.Logger)
 	defer func() { err = errors.Join(err, watch.Close()) }()
 	adopted = true
 	rec.PID = os.Getpid()
@@ -182,7 +188,7 @@ func attachedTo(rec backend.Record, devices []nbdserve.Attachment, v backend.Vol
 
 // openRecorded opens the blobs of a record: by digest, whatever the reference
 // leads to now, or the files, if they are what they were.
-func (p *program) openRecorded(ctx context.Context, rec backend.Record, password string, log *serverLog) (_ *opened, devices []nbdserve.Attachment, err error) {
+func (p *program) openRecorded(ctx context.Context, rec backend.Record, password string, metering *metering, log *serverLog) (_ *opened, devices []nbdserve.Attachment, err error) {
 	if err := json.Unmarshal(rec.NBD, &devices); err != nil {
 		return nil, nil, fmt.Errorf("the record of %s: %w", rec.Dir, err)
 	}
@@ -207,6 +213,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 		MaxConnsPerHost: rec.Access.MaxConnsPerHost,
 	}}
 	s.keep = keptOptions(rec.Access)
+	metering.measure(s)
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}

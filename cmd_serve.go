@@ -39,6 +39,7 @@ func (p *program) serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "tls-key", Usage: "the certificate's key in `FILE` (PEM)"},
 			&cli.StringFlag{Name: "tls-client-ca", Usage: "serve only clients with a certificate by an authority in `FILE` (PEM)"},
 			&cli.BoolFlag{Name: "public", Usage: "let everybody who reaches the address read the image"},
+			metricsFlag(),
 		}, sourceFlags()...),
 		Action: p.serve,
 	}
@@ -79,12 +80,20 @@ func (p *program) serve(c *cli.Context) error {
 	if s.source, err = p.readSourceOptions(c, ref, log.Logger); err != nil {
 		return err
 	}
+	if s.source.metrics, err = metricsOption(c); err != nil {
+		return err
+	}
 	s.source.oneLayer = true
 	return p.serveNBD(c.Context, s, log)
 }
 
 // serveNBD serves until ctx ends.
 func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog) (err error) {
+	metering, err := startMetering(s.source, log.Logger)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, metering.Close()) }()
 	src, err := p.open(ctx, s.source, log.Logger)
 	if err != nil {
 		return err
@@ -97,6 +106,8 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
+	metering.show(src, mountLabels{src.ref.String(), serveLabel})
+	defer func() { err = errors.Join(err, metering.Close()) }() // before src
 	l, err := s.address.listen()
 	if err != nil {
 		return err

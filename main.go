@@ -100,7 +100,7 @@ func (p *program) app() *cli.App {
 		Reader:                    p.stdin,
 		Writer:                    p.stdout,
 		ErrWriter:                 p.stderr,
-		Commands: []*cli.Command{p.mountCommand(), p.fuseCommand(), p.umountCommand(), p.listCommand(), p.inspectCommand(),
+		Commands: []*cli.Command{p.mountCommand(), p.fuseCommand(), p.umountCommand(), p.listCommand(), p.metricsCommand(), p.inspectCommand(),
 			p.buildCommand(), p.convertCommand(), p.pushCommand(), p.diffCommand(),
 			p.lsCommand(), p.catCommand(), p.statCommand(), p.extractCommand(),
 			p.checkCommand(), p.dumpCommand(), p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.cacheCommand(), p.doctorCommand(), p.helperCommand()},

@@ -73,6 +73,8 @@ type sourceOptions struct {
 	onError  string
 	tlsCA    string
 	verify   string
+	metrics  string // where they are served; "": nowhere
+	meter    *meter // counts; nil where nobody looks
 	// creds says that name and password come in one line.
 	creds bool
 }
@@ -84,7 +86,7 @@ func (s *sourceOptions) access() backend.Access {
 		CacheSize: s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
-		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify,
+		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Metrics: s.metrics,
 	}
 }
 

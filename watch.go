@@ -32,19 +32,25 @@ func (o *opened) status() backend.MountStatus {
 // A mountWatch is what goes on beside the serving of a mount: it answers who asks for its
 // status, and ends the service when its bytes turn out to be wrong.
 type mountWatch struct {
-	claim   *backend.Claim
-	mounted backend.Mount
-	log     *slog.Logger
-	status  *backend.StatusServer
-	stop    chan struct{}
-	done    sync.WaitGroup
+	claim    *backend.Claim
+	mounted  backend.Mount
+	metering *metering
+	log      *slog.Logger
+	status   *backend.StatusServer
+	stop     chan struct{}
+	done     sync.WaitGroup
 }
 
 // watchMount begins to answer who asks for the status. The mount goes on without that, too.
-func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, log *slog.Logger) *mountWatch {
-	w := &mountWatch{claim: claim, mounted: mounted, log: log, stop: make(chan struct{})}
+func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, metering *metering, log *slog.Logger) *mountWatch {
+	w := &mountWatch{claim: claim, mounted: mounted, metering: metering, log: log, stop: make(chan struct{})}
+	status := func() backend.MountStatus {
+		st := src.status()
+		st.Metrics = metering.text()
+		return st
+	}
 	var err error
-	if w.status, err = claim.ServeStatus(src.status); err != nil {
+	if w.status, err = claim.ServeStatus(status); err != nil {
 		log.Error("the mount has no status", "err", err)
 	}
 	return w
@@ -61,10 +67,11 @@ func (w *mountWatch) begin(src *opened) {
 func (w *mountWatch) Close() error {
 	close(w.stop)
 	w.done.Wait()
+	err := w.metering.Close()
 	if w.status == nil {
-		return nil
+		return err
 	}
-	return w.status.Close()
+	return errors.Join(err, w.status.Close())
 }
 
 func (w *mountWatch) await(wrong <-chan error) {

@@ -16,6 +16,8 @@ import (
 // MountStatus is what the server of a mount knows of it now, beside what is recorded.
 type MountStatus struct {
 	Layers []LayerStatus `json:"layers"`
+	// Metrics are what the server counts, in the text format of Prometheus. "" from a version that counts nothing.
+	Metrics string `json:"metrics,omitempty"`
 }
 
 // LayerStatus is that of one layer's image.

@@ -79,6 +79,7 @@ type Access struct {
 	SkipTLSVerify   bool   `json:"skip_tls_verify,omitempty"`
 	MaxConnsPerHost int    `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
+	Metrics         string `json:"metrics,omitempty"`            // where they are served
 }
 
 // State says how a recorded mount is.

@@ -34,7 +34,9 @@ type authTransport struct {
 	keyring keyring
 	tokens  tokenService
 	tasks   *tasks
-	flights singleflight.Group
+	// happened is told of each token that was fetched.
+	happened func(Event)
+	flights  singleflight.Group
 
 	mu      sync.Mutex
 	current challenge           // the last one; zero: nothing was asked for yet
@@ -222,8 +224,16 @@ func (t *authTransport) fetch(asked challenge) (grant, error) {
 		g.header = "Basic " + who.basic()
 	}
 	t.mu.Lock()
+	before := t.grants[asked]
 	t.grants[asked] = g
 	t.mu.Unlock()
+	switch {
+	case asked.scheme != "bearer":
+	case before.header == "":
+		t.happened(EventToken)
+	default:
+		t.happened(EventTokenRefresh)
+	}
 	return g, nil
 }
 

@@ -69,6 +69,7 @@ func (b *Blob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, sta
 	s := &stream{ctx: ctx, blob: b, pos: off, end: off + n, wait: b.source.registry().reading()}
 	s.wait.begin()
 	err = s.open(true)
+	s.first = s.pos
 	s.wait.end()
 	if err != nil {
 		return nil, 0, 0, b.located(err, off, n)
@@ -109,6 +110,7 @@ func (b *Blob) FetchElsewhere(ctx context.Context, off, n int64, why error) (bod
 		b.storage[p.index].Store(nil)
 	}
 	at := b.source.registry()
+	at.client.happened(EventWrongBytes)
 	at.client.log.Warn("bytes of a blob are wrong; they are fetched again", "repository", at.ref.name(),
 		"digest", b.desc.Digest, "offset", off, "bytes", n, "err", why)
 	return b.Fetch(ctx, off, n)
@@ -214,6 +216,7 @@ type stream struct {
 	wait *patience
 
 	pos, end int64 // the next byte to deliver, and where to stop
+	first    int64 // the first byte to deliver
 	part     *part // nil between two answers
 	err      error // the last word
 }
@@ -272,6 +275,9 @@ func (s *stream) read(p []byte) (int, error) {
 		s.drop()
 		if err := s.again(err); err != nil {
 			return 0, err
+		}
+		if s.pos > s.first {
+			s.blob.source.registry().client.happened(EventResume)
 		}
 	}
 }

@@ -68,6 +68,8 @@ type Options struct {
 	UserAgent string
 	// Logger gets a line for what went wrong and was mended. nil: nothing.
 	Logger *slog.Logger
+	// Observer is told of each request. nil: nobody, which costs nothing.
+	Observer Observer
 }
 
 // A Client talks to registries. It may be used by many goroutines at once, and
@@ -81,6 +83,7 @@ type Client struct {
 	errorWait      time.Duration
 	resolveWait    time.Duration
 	log            *slog.Logger
+	observer       Observer // may be nil
 
 	registriesConf string
 
@@ -119,7 +122,7 @@ func New(o Options) (*Client, error) {
 	c := &Client{
 		keyring: keys, plainHTTP: o.PlainHTTP, anyCertificate: o.SkipTLSVerify,
 		errorWait: errorWait, resolveWait: resolveWait,
-		log:  o.Logger,
+		log: o.Logger, observer: o.Observer,
 		idle: func() {}, trustAny: func(string) {},
 		registriesConf: o.RegistriesConf,
 		sessions:       map[sessionKey]*session{}, origins: map[string]*url.URL{},
@@ -128,7 +131,7 @@ func New(o Options) (*Client, error) {
 		c.log = slog.New(slog.DiscardHandler)
 	}
 	c.tasks.init()
-	wire := &wireTransport{next: o.Transport, noProgress: noProgress, base: c.tasks.ctx, userAgent: o.UserAgent}
+	wire := &wireTransport{next: o.Transport, noProgress: noProgress, base: c.tasks.ctx, userAgent: o.UserAgent, observer: o.Observer}
 	if wire.userAgent == "" {
 		wire.userAgent = defaultUserAgent()
 	}

@@ -38,6 +38,13 @@
 // something of it, and so does one of which nothing is known yet. The others wait
 // in their retry, and all of them go on with its first good answer.
 //
+// # Observing
+//
+// Options.Observer is told of each request by the wire stage, which is the one place
+// that all of them pass, hops of redirects and requests for tokens included: its counts
+// are those of the servers. What a request alone does not tell (that it is a retry, that
+// a mirror was left for it) is told where it is decided.
+//
 // # Pushing
 //
 // A blob that the repository has is not sent, and one that another repository has

@@ -161,5 +161,6 @@ func (p *place) leave(err error) {
 	if p.pausedUntil.Swap(now.Add(mirrorPause).UnixNano()) > now.UnixNano() {
 		return // another reader has said so
 	}
+	p.client.happened(EventMirrorLeft)
 	p.client.log.Warn("mirror left", "mirror", p.ref.name(), "for", mirrorPause, "err", err)
 }

@@ -77,7 +77,7 @@ func (r *Repository) own() (*session, error) {
 
 // writing is the patience for what is pushed.
 func (s *session) writing() *patience {
-	return &patience{limit: s.client.errorWait, host: s.ref.Host, eager: !s.reached.Load(), recovery: s.client.recovery}
+	return &patience{limit: s.client.errorWait, host: s.ref.Host, eager: !s.reached.Load(), recovery: s.client.recovery, happened: s.client.happened}
 }
 
 // url is where path of the repository is.

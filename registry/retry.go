@@ -24,6 +24,7 @@ type patience struct {
 	eager bool          // first contact: do not wait for a host that is not there
 	// recovery is closed when a host that was in trouble answers again.
 	recovery func() <-chan struct{}
+	happened func(Event) // is told of each retry
 
 	spent time.Duration // before since
 	since time.Time
@@ -88,7 +89,13 @@ func (p *patience) again(ctx context.Context, err error) error {
 		return &UnavailableError{Host: p.host, Waited: p.waited(), Tries: p.tries, Err: p.last}
 	}
 	d, early := p.delay(err)
-	return await(ctx, min(d, room), early)
+	if err := await(ctx, min(d, room), early); err != nil {
+		return err
+	}
+	if held(err) == nil {
+		p.happened(EventRetry)
+	}
+	return nil
 }
 
 // delay is the backoff, which ends when a host recovers, or what the server asked

@@ -56,7 +56,7 @@ func (c *Client) session(ref Reference, how access) *session {
 	s.auth = &authTransport{
 		next: c.follow, ref: ref, keyring: keys,
 		tokens: tokenService{next: c.follow, plainHTTP: c.plainHTTP, origin: origin},
-		tasks:  &c.tasks,
+		tasks:  &c.tasks, happened: c.happened,
 		grants: map[challenge]grant{},
 	}
 	c.sessions[key] = s
@@ -66,12 +66,12 @@ func (c *Client) session(ref Reference, how access) *session {
 // resolving is the patience for finding an image. A host that nobody has
 // reached yet and that is not there is a mistake more often than an outage.
 func (s *session) resolving() *patience {
-	return &patience{limit: s.client.resolveWait, host: s.ref.Host, eager: !s.reached.Load(), recovery: s.client.recovery}
+	return &patience{limit: s.client.resolveWait, host: s.ref.Host, eager: !s.reached.Load(), recovery: s.client.recovery, happened: s.client.happened}
 }
 
 // reading is the patience for the bytes of a blob.
 func (s *session) reading() *patience {
-	return &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery}
+	return &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery, happened: s.client.happened}
 }
 
 // do sends one request for the repository, by one try. path is relative to it.
@@ -84,7 +84,7 @@ func (s *session) do(ctx context.Context, method, path string, header http.Heade
 	if s.access.namespace != "" {
 		u.RawQuery = url.Values{"ns": {s.access.namespace}}.Encode()
 	}
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
+	req, err := http.NewRequestWithContext(withKind(ctx, kindAt(path)), method, u.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -141,7 +141,7 @@ func (s *session) send(ctx context.Context, o outgoing) (*http.Response, error) 
 }
 
 func (s *session) sendTo(ctx context.Context, u *url.URL, o outgoing, stranger bool) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, o.method, u.String(), nil)
+	req, err := http.NewRequestWithContext(withKind(ctx, KindUpload), o.method, u.String(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -178,7 +178,7 @@ func (s *session) lead(resp *http.Response, to string) (*url.URL, error) {
 // storage sends one GET to where a redirect of the registry has led. It bears no
 // authority but the URL's own.
 func (s *session) storage(ctx context.Context, u *url.URL, header http.Header) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(withKind(ctx, KindBlob), http.MethodGet, u.String(), nil)
 	if err != nil {
 		return nil, err
 	}

@@ -40,7 +40,7 @@ func (s *tokenService) fetch(ctx context.Context, asked challenge, who credentia
 		return grant{}, err
 	}
 	asking := time.Now()
-	resp, err := s.next.RoundTrip(req)
+	resp, err := s.next.RoundTrip(req.WithContext(withKind(ctx, KindToken)))
 	if err != nil {
 		return grant{}, err
 	}

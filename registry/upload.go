@@ -99,7 +99,11 @@ func (u *upload) again(ctx context.Context, err error) error {
 		"digest", u.desc.Digest, "offset", u.from, "try", u.wait.tries+1, "err", err)
 	u.broken = u.at != nil
 	if lost {
-		return context.Cause(ctx) // nil: at once
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		u.session.client.happened(EventRetry)
+		return nil // at once
 	}
 	u.wait.eager = !u.session.reached.Load()
 	return u.wait.again(ctx, err)

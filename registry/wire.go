@@ -19,6 +19,7 @@ type wireTransport struct {
 	noProgress time.Duration
 	base       context.Context // ends when the Client is closed
 	userAgent  string
+	observer   Observer // may be nil
 }
 
 func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -34,6 +35,7 @@ func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		cancel(nil)
 	}
 	traced := ctx
+	began := time.Now()
 	if t.queues {
 		// Waiting for one of the connections that others hold is no silence.
 		silence.Stop()
@@ -51,10 +53,17 @@ func (t *wireTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		err = wireFailure(ctx, err)
 		release()
+		if t.observer != nil {
+			t.answered(req, 0, time.Since(began))
+		}
 		return nil, err
 	}
 	resp.Request = req
-	resp.Body = &wireBody{body: resp.Body, ctx: ctx, silence: silence, noProgress: t.noProgress, release: release}
+	body := &wireBody{body: resp.Body, ctx: ctx, silence: silence, noProgress: t.noProgress, release: release}
+	if t.observer != nil {
+		body.observer, body.answer = t.observer, t.answered(req, resp.StatusCode, time.Since(began))
+	}
+	resp.Body = body
 	return resp, nil
 }
 
@@ -131,12 +140,17 @@ type wireBody struct {
 	silence    *time.Timer
 	noProgress time.Duration
 	release    func()
+	observer   Observer // may be nil
+	answer     Answer   // whose body it is, for the observer
 }
 
 func (b *wireBody) Read(p []byte) (int, error) {
 	b.silence.Reset(b.noProgress)
 	n, err := b.body.Read(p)
 	b.silence.Stop()
+	if n > 0 && b.observer != nil {
+		b.observer.Received(b.answer, n)
+	}
 	if err != nil && err != io.EOF {
 		err = wireFailure(b.ctx, err)
 	}

@@ -1,0 +1,389 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"github.com/urfave/cli/v2"
+
+	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/tests/verifiable"
+)
+
+// metered is a meter, and a layer that it follows.
+func metered(t *testing.T, addr string) (*metering, *reader, []byte) {
+	t.Helper()
+	m, err := newMetering(addr, slog.New(slog.DiscardHandler))
+	must(t, err)
+	t.Cleanup(func() { must(t, m.Close()) })
+	b := verifiable.Make(t, imageBytes(imageSize), verifiable.Options{Chunk: testChunk})
+	p := push(t, b, false)
+	r, err := p.openIn(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter})
+	must(t, err)
+	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}, id: "sha256:00"}
+	m.show(o, mountLabels{"r.example/x:v1", "fuse"})
+	return m, r, b.Plain
+}
+
+// everything has each family have a sample.
+func (m *meter) everything() {
+	m.Answered(registry.Answer{Method: "GET", Kind: registry.KindBlob, Cause: "demand", Status: 206, Wait: time.Millisecond})
+	m.Received(registry.Answer{Kind: registry.KindBlob, Cause: "demand"}, 1)
+}
+
+// TestMetricsDocumented: the table of docs/metrics.md is what there is, with the same words;
+// and the linter of Prometheus has nothing to say.
+func TestMetricsDocumented(t *testing.T) {
+	m, _, _ := metered(t, "")
+	m.everything()
+	families, err := m.families.Gather()
+	must(t, err)
+	problems, err := promlint.NewWithMetricFamilies(families).Lint()
+	must(t, err)
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+	var rows []string
+	gathered := make(map[string]bool)
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), metricsPrefix) {
+			continue // those of the library
+		}
+		gathered[f.GetName()] = true
+		labels := []string{}
+		for _, l := range f.Metric[0].Label {
+			labels = append(labels, l.GetName())
+		}
+		rows = append(rows, fmt.Sprintf("| `%s` | %s | %s | %s |", f.GetName(), strings.ToLower(f.GetType().String()), strings.Join(labels, ", "), f.GetHelp()))
+	}
+	if said := described(m.families); !maps.Equal(said, gathered) {
+		t.Errorf("described are %v\nsamples have %v", said, gathered)
+	}
+	doc, err := os.ReadFile("docs/metrics.md")
+	must(t, err)
+	found := regexp.MustCompile("(?m)^\\| `"+metricsPrefix+".*$").FindAllString(string(doc), -1)
+	if !slices.Equal(found, rows) {
+		t.Errorf("docs/metrics.md should have\n%s", strings.Join(rows, "\n"))
+	}
+}
+
+// described are the names of ours that a registry knows of.
+func described(r *prometheus.Registry) map[string]bool {
+	ch := make(chan *prometheus.Desc)
+	go func() { r.Describe(ch); close(ch) }()
+	names := make(map[string]bool)
+	name := regexp.MustCompile(`fqName: "(` + metricsPrefix + `[a-z_]+)"`)
+	for d := range ch {
+		if found := name.FindStringSubmatch(d.String()); found != nil {
+			names[found[1]] = true
+		}
+	}
+	return names
+}
+
+// values are the samples of a text, by their name and labels.
+func values(t *testing.T, text string) map[string]float64 {
+	t.Helper()
+	families, err := readMetrics(text)
+	must(t, err)
+	all := make(map[string]float64)
+	for _, f := range families {
+		for _, s := range f.Samples {
+			key := f.Name
+			for _, l := range slices.Sorted(maps.Keys(s.Labels)) {
+				key += " " + l + "=" + s.Labels[l]
+			}
+			switch {
+			case s.Value != nil:
+				all[key] = float64(*s.Value)
+			case s.Count != nil:
+				all[key+" count"] = float64(*s.Count)
+			}
+		}
+	}
+	return all
+}
+
+// TestMeterAgrees: after all was read, twice, the numbers are those of the registry and of
+// the readers.
+func TestMeterAgrees(t *testing.T) {
+	m, r, want := metered(t, "")
+	for range 2 {
+		if failed := r.readAll(want, 10_000); failed > 0 {
+			t.Fatalf("%d reads failed", failed)
+		}
+	}
+	got := values(t, m.text())
+	sum := func(name string, labels ...string) (n float64) {
+		for key, v := range got {
+			words := strings.Fields(key)
+			if words[0] == metricsPrefix+name && !slices.ContainsFunc(labels, func(l string) bool { return !slices.Contains(words, l) }) {
+				n += v
+			}
+		}
+		return n
+	}
+	size, reads := float64(len(want)), math.Ceil(float64(len(want))/10_000)
+	for _, c := range []struct {
+		what      string
+		got, want float64
+	}{
+		{"reads", sum("cache_reads_total"), 2 * reads},
+		{"bytes served", sum("cache_served_bytes_total"), 2 * size},
+		{"size", sum("layer_size_bytes"), size},
+		{"present", sum("layer_present_bytes"), size},
+		{"verified", sum("layer_verified_bytes"), size},
+		{"by the index", sum("layer_info", "verified_by="+byIndex), 1},
+		{"wrong", sum("layer_wrong"), 0},
+		{"mounts", sum("mount_info", "reference=r.example/x:v1", "id=sha256:00", "backend=fuse"), 1},
+		{"fetches, and the index", sum("cache_fetches_total") + 1, sum("registry_requests_total", "kind=blob", "method=GET", "code=2xx")},
+		{"manifests", sum("registry_requests_total", "kind=manifest"), 1},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s: %v, want %v", c.what, c.got, c.want)
+		}
+	}
+	if hits := sum("cache_reads_total", "result=hit"); hits < reads {
+		t.Errorf("%v hits, although all was here the second time", hits)
+	}
+	if got := sum("registry_received_bytes_total", "kind=blob"); got < size {
+		t.Errorf("%v bytes were received of an image of %v", got, size)
+	}
+}
+
+// TestMetricLabels: what somebody else chooses cannot make samples without end.
+func TestMetricLabels(t *testing.T) {
+	m, err := newMeter()
+	must(t, err)
+	for i := range 1000 {
+		a := registry.Answer{Method: fmt.Sprint("M", i), Kind: registry.KindBlob, Cause: fmt.Sprint("c", i), Status: i}
+		m.Answered(a)
+		m.Received(a, 1)
+		m.Happened(registry.Event(fmt.Sprint(i)))
+	}
+	families, err := m.families.Gather()
+	must(t, err)
+	for _, f := range families {
+		if n := len(f.Metric); strings.HasPrefix(f.GetName(), metricsPrefix) && n > 6 {
+			t.Errorf("%s has %d samples", f.GetName(), n)
+		}
+	}
+}
+
+// ask gets the metrics from an address.
+func ask(addr, path string) (string, error) {
+	network, at := "tcp", addr
+	if socket, ok := strings.CutPrefix(addr, "unix:"); ok {
+		network, at = "unix", socket
+	}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, at)
+	}}
+	defer transport.CloseIdleConnections()
+	resp, err := (&http.Client{Transport: transport}).Get("http://metrics" + path)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("status %d: %s", resp.StatusCode, text)
+	}
+	return string(text), err
+}
+
+// TestScrapesAtOnce: many ask by each way while all that is counted goes on.
+func TestScrapesAtOnce(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "metrics")
+	m, r, want := metered(t, addr)
+	var all sync.WaitGroup
+	for range 2 * metricsClients {
+		all.Go(func() {
+			for range 3 {
+				text, err := ask(addr, "/metrics")
+				if err != nil || !strings.Contains(text, metricsPrefix+"layer_info{") {
+					t.Errorf("%d bytes, %v", len(text), err)
+				}
+				values(t, m.text())
+				m.everything()
+			}
+		})
+	}
+	all.Go(func() { r.readAll(want, 5000) })
+	all.Wait()
+	if _, err := ask(addr, "/else"); err == nil || !strings.Contains(err.Error(), "404") {
+		t.Errorf("another path: %v", err)
+	}
+}
+
+// TestMetricsEnd: clients that say nothing, or do not listen, neither keep others from being
+// answered for ever nor the server from ending; and the socket goes with it.
+func TestMetricsEnd(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "metrics")
+	m, _, _ := metered(t, "unix:"+path)
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the socket: %v, %v", st, err)
+	}
+	for range 3 * metricsClients {
+		conn, err := net.Dial("unix", path)
+		must(t, err)
+		defer conn.Close()
+		if _, err := io.WriteString(conn, "GET /metrics HT"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	began := time.Now()
+	must(t, m.Close())
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("the end took %v", took)
+	}
+	if _, err := os.Lstat(path); !os.IsNotExist(err) {
+		t.Errorf("the socket is left: %v", err)
+	}
+	if m.text() == "" {
+		t.Error("who holds the meter cannot read it any more")
+	}
+}
+
+// TestMetricsSlots: a connection more than there may be is served when one ends.
+func TestMetricsSlots(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "metrics")
+	metered(t, addr)
+	var conns []net.Conn
+	for range metricsClients {
+		conn, err := net.Dial("unix", strings.TrimPrefix(addr, "unix:"))
+		must(t, err)
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := ask(addr, "/metrics")
+		answered <- err
+	}()
+	conns[0].Close()
+	select {
+	case err := <-answered:
+		must(t, err)
+	case <-time.After(20 * time.Second):
+		t.Fatal("not served")
+	}
+}
+
+// TestMetricsOption: what is an address.
+func TestMetricsOption(t *testing.T) {
+	cwd, err := os.Getwd()
+	must(t, err)
+	for in, want := range map[string]string{
+		"127.0.0.1:9100": "127.0.0.1:9100", ":9100": ":9100", "[::1]:9100": "[::1]:9100", "localhost:9100": "localhost:9100",
+		"unix:/run/x": "unix:/run/x", "unix:x": "unix:" + cwd + "/x",
+		"": "", "unix:": "", "9100": "", "127.0.0.1": "", ":0": "", ":http": "", ":65536": "", "::1:9100": "", "/run/x": "",
+	} {
+		var got string
+		app := &cli.App{Flags: []cli.Flag{metricsFlag()}, Action: func(c *cli.Context) (err error) {
+			got, err = metricsOption(c)
+			return err
+		}}
+		err := app.Run([]string{"x", "--metrics=" + in})
+		if got != want || (err == nil) != (want != "") || err != nil && exitCode(err) != exitUsage {
+			t.Errorf("%q: %q, %v", in, got, err)
+		}
+	}
+}
+
+// TestResumedMetering: another server of a mount serves it also where the address is taken.
+func TestResumedMetering(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	s := &sourceOptions{metrics: l.Addr().String()}
+	if s.access().Metrics != s.metrics {
+		t.Errorf("recorded is %q", s.access().Metrics)
+	}
+	if _, err := startMetering(s, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "--metrics "+s.metrics+": address already in use by another program or mount") {
+		t.Errorf("a mount: %v", err)
+	}
+	var said strings.Builder
+	m, err := resumeMetering(s.access(), slog.New(slog.NewTextHandler(&said, nil)))
+	if err != nil || !strings.Contains(said.String(), "goes on without its metrics") {
+		t.Errorf("another server of it: %v, %q", err, said.String())
+	}
+	must(t, m.Close())
+}
+
+// TestReadMetrics: each kind of family, with values that JSON does not have.
+func TestReadMetrics(t *testing.T) {
+	families, err := readMetrics(`# HELP b_seconds of b
+# TYPE b_seconds histogram
+b_seconds_bucket{l="1",le="0.5"} 1
+b_seconds_bucket{l="1",le="+Inf"} 3
+b_seconds_sum{l="1"} 7.5
+b_seconds_count{l="1"} 3
+# HELP a of a
+# TYPE a gauge
+a NaN
+# TYPE c_total counter
+c_total{x="y"} 2
+# TYPE d summary
+d{quantile="0.5"} -Inf
+d_sum 1
+d_count 2
+`)
+	must(t, err)
+	got, err := json.Marshal(families)
+	must(t, err)
+	const want = `[{"name":"a","type":"gauge","help":"of a","samples":[{"labels":{},"value":"NaN"}]},` +
+		`{"name":"b_seconds","type":"histogram","help":"of b","samples":[{"labels":{"l":"1"},"count":3,"sum":7.5,"buckets":[{"le":0.5,"count":1},{"le":"+Inf","count":3}]}]},` +
+		`{"name":"c_total","type":"counter","help":"","samples":[{"labels":{"x":"y"},"value":2}]},` +
+		`{"name":"d","type":"summary","help":"","samples":[{"labels":{},"count":2,"sum":1,"quantiles":[{"quantile":0.5,"value":"-Inf"}]}]}]`
+	if string(got) != want {
+		t.Errorf("%s\nwant %s", got, want)
+	}
+	if _, err := readMetrics("a{"); err == nil {
+		t.Error("what is no text format is read")
+	}
+}
+
+// BenchmarkMeter is what a GET and a Read of its body cost more, beside a round trip.
+func BenchmarkMeter(b *testing.B) {
+	m, err := newMeter()
+	if err != nil {
+		b.Fatal(err)
+	}
+	a := registry.Answer{Method: "GET", Kind: registry.KindBlob, Cause: "demand", Status: 206, Wait: time.Millisecond}
+	b.Run("answer", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			m.Answered(a)
+		}
+	})
+	b.Run("read of a body", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			m.Received(a, 32<<10)
+		}
+	})
+	b.Run("read that waited", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			m.waited(time.Millisecond)
+		}
+	})
+}
