@@ -182,7 +182,7 @@ func (p *program) cachePrune(c *cli.Context, cache *blobcache.Cache) error {
 		return err
 	}
 	freed, err := cache.Prune(keep)
-	return errors.Join(err, p.printFreed(c, freed))
+	return errors.Join(err, forgetRecords(cache), p.printFreed(c, freed))
 }
 
 func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
@@ -202,7 +202,7 @@ func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
 		n, err := cache.Remove(d.String())
 		freed, errs = freed+n, append(errs, err)
 	}
-	return errors.Join(append(errs, p.printFreed(c, freed))...)
+	return errors.Join(append(errs, forgetRecords(cache), p.printFreed(c, freed))...)
 }
 
 func (p *program) printFreed(c *cli.Context, freed int64) error {

@@ -152,7 +152,7 @@ func (p *program) lookAtRegistry(ctx context.Context, o *opened, s *sourceOption
 	if o.client, err = registry.New(s.client); err != nil {
 		return nil, err
 	}
-	if o.image, err = o.client.Resolve(ctx, s.ref.registry, s.selector); err != nil {
+	if err = p.resolve(ctx, o, s, s.client.Logger); err != nil {
 		return nil, err
 	}
 	found := &inspection{

@@ -217,7 +217,10 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}
-	if s.client.Username != "" && password == "" {
+	if rec.Access.Offline {
+		s.goOffline()
+	}
+	if s.client.Username != "" && password == "" && !s.offline {
 		return nil, nil, fmt.Errorf("%s was mounted as user %s: give the password with reattach --password-stdin", rec.Dir, rec.Access.Username)
 	}
 	o := &opened{}

@@ -162,7 +162,7 @@ func helperKeys() map[string]bool {
 		"backend": true, "platform": true, "layer": true, "blob": true, "authfile": true, "cache-dir": true,
 		"on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
 		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true, "verify": true, "metrics": true,
-		"plain-http": false, "tmpfs-overlay": false, "supervise": false,
+		"plain-http": false, "tmpfs-overlay": false, "supervise": false, "offline": false,
 	}
 }
 

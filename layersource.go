@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -68,7 +70,8 @@ type layerSource struct {
 	size   int64           // of what may be read: nothing vouches for what is behind it
 	by     string
 	log    *slog.Logger
-	image  *chunked.Image // nil: as it is in the blob
+	image  *chunked.Image  // nil: as it is in the blob
+	beside []*throughCache // what else of the blob is kept
 
 	// Where nothing verifies parts, the whole is verified when it is here.
 	open    chan struct{} // closed when bytes is set
@@ -92,17 +95,25 @@ type layerOpener struct {
 	cache  *blobcache.Cache
 	dir    string // the cache's
 	verify string
-	log    *slog.Logger
-	say    func(format string, args ...any) // to the user
+	// offline: nothing is fetched.
+	offline bool
+	log     *slog.Logger
+	say     func(format string, args ...any) // to the user
 	// onWrong is told when the bytes of a layer turn out to be wrong.
 	onWrong func(error)
 	room    func(*os.File) (int64, error) // roomOf, if nil
 }
 
+// blob is a blob of the image's repository.
+func (o *layerOpener) blob(desc ocispec.Descriptor) (*remoteBlob, error) {
+	b, err := o.client.Blob(o.ref, desc)
+	return &remoteBlob{b, o.offline}, err
+}
+
 // open opens a layer of the image. It costs no request where parts cannot be verified, and
-// one where they can.
+// one where they can, unless what they are verified by is kept.
 func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSource, err error) {
-	blob, err := o.client.Blob(o.ref, l.Descriptor)
+	blob, err := o.blob(l.Descriptor)
 	if err != nil {
 		return nil, err
 	}
@@ -127,24 +138,26 @@ func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSourc
 
 // index reads the layer's chunk index. It is nil where there is none, or none of a kind
 // that is known here.
-func (o *layerOpener) index(ctx context.Context, blob *registry.Blob, v registry.Vouched) (*verified.Index, error) {
+func (o *layerOpener) index(ctx context.Context, s *layerSource, blob *remoteBlob, v registry.Vouched) (*verified.Index, error) {
 	if v.Unknown != "" {
 		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "reason", v.Unknown)
 	}
 	if v.Index == nil {
 		return nil, nil
 	}
-	holder := blob
-	if v.Index.Holder.Digest != blob.Digest() {
-		var err error
-		if holder, err = o.client.Blob(o.ref, v.Index.Holder); err != nil {
-			return nil, err
-		}
+	holder, err := o.indexHolder(s, blob, *v.Index)
+	if err != nil {
+		return nil, err
 	}
-	x, err := verified.ReadIndex(ctx, holder, blob, verified.IndexPlace{
+	var chunks verified.Fetcher = blob
+	if v.Index.Holder.Digest == blob.Digest() {
+		chunks = holder
+	}
+	x, err := verified.ReadIndex(ctx, holder, chunks, verified.IndexPlace{
 		Off: v.Index.Off, Len: v.Index.Len, Framed: v.Index.Framed, Digest: v.Index.Digest.String(), DataEnd: v.Index.DataEnd,
 		Unchecked: o.verify == verifyOff,
 	})
+	holder.found = false // the index is here: what else is fetched again is not what was kept of it
 	if errors.Is(err, integrity.ErrUnsupported) {
 		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "err", err)
 		return nil, nil
@@ -162,6 +175,38 @@ func (o *layerOpener) index(ctx context.Context, blob *registry.Blob, v registry
 	return x, nil
 }
 
+// indexHolder is the blob that has the index, which is kept: by its own digest, whichever blob it is in.
+func (o *layerOpener) indexHolder(s *layerSource, blob *remoteBlob, v registry.VouchedIndex) (*throughCache, error) {
+	if v.Holder.Digest != blob.Digest() {
+		var err error
+		if blob, err = o.blob(v.Holder); err != nil {
+			return nil, err
+		}
+	}
+	part := keptPart{digest: v.Digest.String(), off: v.Off, size: v.Len, unit: oneUnit(v.Len), origin: origin("chunk index", v.Framed)}
+	if part.piece = part.unit; o.verify == verifyOff {
+		part.origin = origin("chunk index", v.Framed, plain(blob)) // nobody compares it with its digest
+	}
+	return o.throughCache(s, blob, part)
+}
+
+// treeHolder is the blob, of which the tree is kept, in the parts in which it is fetched.
+func (o *layerOpener) treeHolder(s *layerSource, blob *remoteBlob, v registry.VouchedVerity) (*throughCache, error) {
+	const unit = 256 << 10
+	algorithm := integrity.SHA256
+	if len(v.Root) == integrity.SHA512.Size() {
+		algorithm = integrity.SHA512
+	}
+	n, err := integrity.VeritySize(v.Off, integrity.VerityOptions{Algorithm: algorithm, BlockSize: v.BlockSize})
+	if err != nil || n > blob.Size()-v.Off {
+		n = 0 // who reads it says so
+	}
+	return o.throughCache(s, blob, keptPart{
+		digest: blob.Digest().String(), off: v.Off, size: n, unit: unit, piece: unit,
+		origin: origin("parts of a tree", fmt.Sprintf("%x", v.Root), v.Off, v.BlockSize),
+	})
+}
+
 // Units that the cache takes from an index.
 const (
 	minUnit = 4 << 10
@@ -170,11 +215,11 @@ const (
 
 // openRaw opens an image that is not compressed: by its index, else by its tree, else as
 // it comes.
-func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
+func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *remoteBlob, v registry.Vouched) error {
 	if o.verify == verifyOff {
 		return o.keep(s, blob, blob.Size(), blobcache.OpenOptions{Origin: plain(blob)})
 	}
-	x, err := o.index(ctx, blob, v)
+	x, err := o.index(ctx, s, blob, v)
 	if err != nil {
 		return err
 	}
@@ -186,7 +231,11 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registr
 		return o.keep(s, x.Stream(), x.Size(), blobcache.OpenOptions{Vouched: true, Origin: origin("chunks of the index", v.Index.Digest)})
 	}
 	if v.Verity != nil {
-		t, err := verified.OpenTree(ctx, blob, integrity.VerityRoot{
+		holder, err := o.treeHolder(s, blob, *v.Verity)
+		if err != nil {
+			return err
+		}
+		t, err := verified.OpenTree(ctx, holder, integrity.VerityRoot{
 			HashOffset: v.Verity.Off, BlockSize: v.Verity.BlockSize, Size: blob.Size(), Digest: v.Verity.Root,
 		})
 		if err != nil {
@@ -205,8 +254,8 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *registr
 }
 
 // openCompressed opens an image in zstd frames: chunk by chunk where there is an index.
-func (o *layerOpener) openCompressed(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
-	x, err := o.index(ctx, blob, v)
+func (o *layerOpener) openCompressed(ctx context.Context, s *layerSource, blob *remoteBlob, v registry.Vouched) error {
+	x, err := o.index(ctx, s, blob, v)
 	if err != nil {
 		return err
 	}
@@ -236,7 +285,7 @@ func origin(parts ...any) string {
 }
 
 // plain is the origin of bytes that nothing vouches for when they come: where they come from, and how sure that is.
-func plain(blob *registry.Blob) string { return origin("plain", blob.Origin()) }
+func plain(blob interface{ Origin() string }) string { return origin("plain", blob.Origin()) }
 
 // keep opens bytes in the cache, all of which may be read.
 func (o *layerOpener) keep(s *layerSource, f blobcache.Fetcher, size int64, options blobcache.OpenOptions) error {
@@ -398,6 +447,9 @@ func (s *layerSource) Close() error {
 	}
 	if s.image != nil {
 		errs = append(errs, s.image.Close())
+	}
+	for _, t := range s.beside {
+		errs = append(errs, t.Close())
 	}
 	if wrong := s.wrong.Load(); wrong != nil {
 		errs = append(errs, wrong)

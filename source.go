@@ -21,6 +21,7 @@ import (
 	"github.com/erofs-oci/erofs-oci/fusefs"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/registry/lastknown"
 )
 
 // sourceFlags say which bytes are meant and how to get at them.
@@ -31,6 +32,7 @@ func sourceFlags() []cli.Flag {
 		&cli.StringFlag{Name: "blob", Usage: "take the blob `DIGEST` of the repository, whatever the manifest says"},
 		&cli.StringFlag{Name: "cache-dir", Usage: "keep what was fetched below `DIR`"},
 		&cli.StringFlag{Name: "verify", Value: verifyAuto, Usage: "verify what is read as `HOW` says: auto (by the image's chunk index or dm-verity tree, else the whole blob once it is here), require (the same, and refuse an image that has neither) or off"},
+		offlineFlag(),
 	}, keepFlags()...)
 	return append(flags, accessFlags()...)
 }
@@ -77,6 +79,8 @@ type sourceOptions struct {
 	meter    *meter // counts; nil where nobody looks
 	// creds says that name and password come in one line.
 	creds bool
+	// offline: the registry is asked for nothing.
+	offline bool
 }
 
 // access is what of the options another process needs to reach the same blob; the
@@ -86,7 +90,7 @@ func (s *sourceOptions) access() backend.Access {
 		CacheSize: s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
-		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Metrics: s.metrics,
+		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Metrics: s.metrics, Offline: s.offline,
 	}
 }
 
@@ -179,6 +183,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if err := p.credentialsOption(c, s); err != nil {
 		return err
 	}
+	if err := s.offlineOption(c); err != nil {
+		return err
+	}
 	return selectLayer(c, s)
 }
 
@@ -223,6 +230,10 @@ type opened struct {
 	image  *registry.Image
 	layers []openedLayer // the lowest first
 	cache  *blobcache.Cache
+	dir    string // the cache's
+	// records and keeper have what is kept beside layers; keeper is nil where nothing had to be resolved.
+	records *lastknown.Store
+	keeper  *keeper
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
 	wrong chan error
@@ -261,7 +272,7 @@ func (p *program) open(ctx context.Context, s *sourceOptions, log *slog.Logger) 
 	if o.client, err = registry.New(s.client); err != nil {
 		return nil, err
 	}
-	if o.image, err = o.client.Resolve(ctx, s.ref.registry, s.selector); err != nil {
+	if err = p.resolve(ctx, o, s, log); err != nil {
 		return nil, err
 	}
 	if err = o.chooseLayers(ctx, s); err != nil {
@@ -272,7 +283,11 @@ func (p *program) open(ctx context.Context, s *sourceOptions, log *slog.Logger) 
 
 // chooseLayers sets the layers of the resolved image that s means.
 func (o *opened) chooseLayers(ctx context.Context, s *sourceOptions) error {
-	chosen, err := o.client.ErofsLayers(ctx, o.image, s.selector)
+	choose := func() ([]registry.Layer, error) { return o.client.ErofsLayers(ctx, o.image, s.selector) }
+	if s.offline {
+		choose = func() ([]registry.Layer, error) { return o.chooseOffline(s) }
+	}
+	chosen, err := choose()
 	if err == nil && s.oneLayer {
 		_, err = o.image.OneLayer(chosen)
 	}
@@ -288,21 +303,15 @@ func (o *opened) chooseLayers(ctx context.Context, s *sourceOptions) error {
 // openBlobs opens the blobs of o.layers, which may come from a manifest or from a record.
 // What is to be fetched for that is fetched at the same time for all of them.
 func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
-	dir, err := p.cacheDir(s.cacheDir, os.Geteuid())
-	if err != nil {
-		return err
+	if o.cache == nil { // the layers are those of a record
+		if err := p.openCache(o, s, log); err != nil {
+			return err
+		}
 	}
-	keep, err := s.keep.options(log)
-	if err != nil {
-		return err
-	}
-	if o.cache, err = blobcache.New(dir, keep); err != nil {
-		return err
-	}
+	say := func(format string, args ...any) { fmt.Fprintf(p.stderr, "erofs-oci: "+format+"\n", args...) }
 	o.wrong = make(chan error, len(o.layers))
 	opener := &layerOpener{
-		client: o.client, ref: ref, image: o.image, cache: o.cache, dir: dir, verify: s.verify, log: log,
-		say:     func(format string, args ...any) { fmt.Fprintf(p.stderr, "erofs-oci: "+format+"\n", args...) },
+		client: o.client, ref: ref, image: o.image, cache: o.cache, dir: o.dir, verify: s.verify, offline: s.offline, log: log, say: say,
 		onWrong: func(err error) { o.wrong <- err },
 	}
 	var digests []digest.Digest
@@ -316,7 +325,11 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 		})
 	}
 	o.id = identity.ChainID(digests).String()
-	return all.Wait()
+	err := all.Wait()
+	if err == nil && s.offline {
+		o.sayMissing(say)
+	}
+	return err
 }
 
 // volume is what was opened, for a backend.
@@ -433,6 +446,12 @@ func (o *opened) Close() error {
 		if l.blob != nil {
 			errs = append(errs, l.blob.Close())
 		}
+	}
+	if o.keeper != nil {
+		o.keeper.Close()
+	}
+	if o.records != nil {
+		errs = append(errs, o.records.Close())
 	}
 	if o.cache != nil {
 		errs = append(errs, o.cache.Close())

@@ -56,8 +56,19 @@ func (f *wholeFile) Passed(int64) (passed bool, end int64) { return true, f.size
 // openWhole fetches a blob that can only be read from front to back, verifies all of it, and
 // only then decompresses it into the cache directory. What is wrong is fetched again, from
 // elsewhere if there is another place.
-func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *registry.Blob, v registry.Vouched) error {
-	o.say("blob %s is compressed, without an index that says where its parts are: all of its %d bytes are fetched first", blob.Digest(), blob.Size())
+func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *remoteBlob, v registry.Vouched) error {
+	from, err := o.wholeHolder(s, blob)
+	if err == nil {
+		err = from.wholeIsHere()
+	}
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", blob.Digest(), err)
+	}
+	how := "fetched"
+	if from.kept != nil && from.missing() == 0 {
+		how = "decompressed"
+	}
+	o.say("blob %s is compressed, without an index that says where its parts are: all of its %d bytes are %s first", blob.Digest(), blob.Size(), how)
 	file, err := unnamedFile(o.dir)
 	if err != nil {
 		return err
@@ -69,9 +80,9 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *regis
 		return err
 	}
 	defer stored.Close() // it has no name, and is of no use any more
-	err = o.fetchAndDecompress(ctx, f, stored, blob, v, nil)
-	for try := 0; try < blob.Places() && o.wrongWhole(err); try++ {
-		err = o.fetchAndDecompress(ctx, f, stored, blob, v, err)
+	err = o.fetchAndDecompress(ctx, f, stored, from, v, nil)
+	for try := 0; try < from.Places() && o.wrongWhole(err); try++ {
+		err = o.fetchAndDecompress(ctx, f, stored, from, v, err)
 	}
 	if errors.Is(err, syscall.ENOSPC) {
 		err = fmt.Errorf("%w; choose a directory with more room by --cache-dir", err)
@@ -86,6 +97,24 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *regis
 	return nil
 }
 
+// wholeHolder is the blob, all of which is kept as it is, unless it would take so much of the cache that it might push
+// out what of itself was not read yet.
+func (o *layerOpener) wholeHolder(s *layerSource, blob *remoteBlob) (*throughCache, error) {
+	const unit, piece = 256 << 10, 8 << 20
+	u, err := o.cache.Usage()
+	if err != nil {
+		return nil, err
+	}
+	part := keptPart{digest: blob.Digest().String(), size: blob.Size(), unit: unit, piece: piece, origin: origin("whole")}
+	if o.verify == verifyOff {
+		part.origin = origin("whole", plain(blob))
+	}
+	if u.Limit > 0 && blob.Size() > u.Limit/2 {
+		part.size = 0
+	}
+	return o.throughCache(s, blob, part)
+}
+
 // wrongWhole says that what came was not what it should be. Frames that cannot be
 // decompressed are the image's fault where they have its digest.
 func (o *layerOpener) wrongWhole(err error) bool {
@@ -95,7 +124,7 @@ func (o *layerOpener) wrongWhole(err error) bool {
 
 // fetchAndDecompress makes stored the blob, and f what it decompresses to. why is what was
 // wrong the last time.
-func (o *layerOpener) fetchAndDecompress(ctx context.Context, f *wholeFile, stored *os.File, blob *registry.Blob, v registry.Vouched, why error) error {
+func (o *layerOpener) fetchAndDecompress(ctx context.Context, f *wholeFile, stored *os.File, blob *throughCache, v registry.Vouched, why error) error {
 	for _, file := range []*os.File{stored, f.File} {
 		if err := rewind(file); err != nil {
 			return err
@@ -119,7 +148,7 @@ func rewind(f *os.File) error {
 }
 
 // fetchWhole makes stored the blob, which has its digest then.
-func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *registry.Blob, why error) error {
+func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *throughCache, why error) error {
 	if err := o.checkRoom(stored, blob.Size()); err != nil {
 		return err
 	}

@@ -80,6 +80,7 @@ type Access struct {
 	MaxConnsPerHost int    `json:"max_conns_per_host,omitempty"` // 0: as many as usual
 	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
 	Metrics         string `json:"metrics,omitempty"`            // where they are served
+	Offline         bool   `json:"offline,omitempty"`            // nothing is fetched
 }
 
 // State says how a recorded mount is.

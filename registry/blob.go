@@ -83,9 +83,12 @@ func (b *Blob) Places() int { return len(b.source.places) }
 // Origin says where the bytes come from, and how sure it is that they do: the places and, of each, whether plain HTTP
 // or any certificate is allowed. It is for who keeps bytes that nothing vouches for, and must not take those of a
 // stranger for them. There is no secret in it.
-func (b *Blob) Origin() string {
+func (b *Blob) Origin() string { return b.source.origin() }
+
+// origin is Blob.Origin.
+func (s *source) origin() string {
 	var parts []string
-	for _, p := range b.source.places {
+	for _, p := range s.places {
 		sure := "tls"
 		switch {
 		case p.access.insecure:

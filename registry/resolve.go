@@ -39,7 +39,9 @@ func ResolveIn(ctx context.Context, s Store, target string, sel Selector) (*Imag
 	}
 	f := finderOf(s)
 	im := &Image{name: f.title(target)}
-	if r, ok := s.(*Repository); ok {
+	if r, ok := s.(interface {
+		at(target string) (Reference, error)
+	}); ok { // a Repository, or a Kept
 		if im.Reference, err = r.at(target); err != nil {
 			return nil, err
 		}

@@ -43,7 +43,8 @@ var lattice = map[string]room{
 		ours:   []string{"registry/integrity"},
 		others: []string{"github.com/klauspost/compress"},
 	},
-	"registry/verified": {ours: []string{"registry/integrity"}},
+	"registry/lastknown": {deny: []string{"net", "log"}},
+	"registry/verified":  {ours: []string{"registry/integrity"}},
 	"registry/tarlayer": {
 		others: []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/opencontainers/go-digest",
 			"github.com/opencontainers/image-spec"},

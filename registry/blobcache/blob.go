@@ -18,6 +18,7 @@ var errAbandoned = errors.New("its fetch was given up")
 type Blob struct {
 	store      *store
 	fetcher    Fetcher
+	slots      slots                                                // that its flights take
 	vouched    bool                                                 // see OpenOptions
 	verify     func(ctx context.Context, p []byte, off int64) error // may be nil
 	onComplete func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two

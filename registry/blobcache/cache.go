@@ -121,6 +121,9 @@ type OpenOptions struct {
 	// called again when every chunk is here and some have not passed: after some seconds, or as long as lets the calls
 	// take a tenth of the time.
 	OnComplete func() bool
+	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
+	// slot, so its own flights have others.
+	Beneath bool
 }
 
 // A storeKey tells stores apart: blobs share one only if they agree on the unit and on whether chunks are verified.
@@ -128,6 +131,12 @@ type storeKey struct {
 	name     string // see nameOf
 	unit     int64
 	verified bool
+}
+
+// Slots bound what is done at a time.
+type slots struct {
+	fetches *semaphore.Weighted // that somebody waits for
+	loads   *semaphore.Weighted // reads of whole chunks from the disk
 }
 
 // Cache is a directory of blobs. Its methods may be called in parallel.
@@ -144,6 +153,7 @@ type Cache struct {
 	fetches *semaphore.Weighted // MaxFetches
 	ahead   *semaphore.Weighted // MaxAhead
 	loads   *semaphore.Weighted // reads of whole chunks from the disk
+	beneath slots               // of the blobs that others are verified by
 	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
 	mu     sync.Mutex // guards what follows, and store.refs
@@ -172,6 +182,7 @@ func New(dir string, o Options) (*Cache, error) {
 		fetches: semaphore.NewWeighted(int64(o.MaxFetches)),
 		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
 		loads:   semaphore.NewWeighted(maxLoads),
+		beneath: slots{semaphore.NewWeighted(int64(o.MaxFetches)), semaphore.NewWeighted(maxLoads)},
 		stores:  make(map[storeKey]*store),
 		orphans: make(map[*store]struct{}),
 		blobs:   make(map[*Blob]struct{}),
@@ -237,6 +248,10 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	}
 	s.refs++
 	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete}
+	b.slots = slots{c.fetches, c.loads}
+	if o.Beneath {
+		b.slots = c.beneath
+	}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
 	s.mu.Lock()

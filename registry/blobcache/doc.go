@@ -29,6 +29,9 @@
 // that is fetched ahead waits for it as for any other; if that fails, the reader fetches it, and nothing is guessed
 // until something goes well again.
 //
+// What other blobs are verified by may lie here, too (see OpenOptions.Beneath). A flight that has a slot then waits for a
+// read of that blob, whose flights therefore have slots of their own, so that those are never all taken by who waits.
+//
 // # On disk
 //
 // The directory is its owner's alone. It has a file for each blob, unit and origin, named after the digest, the unit and

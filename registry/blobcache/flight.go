@@ -233,7 +233,7 @@ func (f *flight) takeTurn() error {
 	})
 	close(ready)
 	defer check.Stop()
-	if f.turn = s.cache.fetches.Acquire(ctx, 1) == nil; f.turn {
+	if f.turn = f.blob.slots.fetches.Acquire(ctx, 1) == nil; f.turn {
 		return nil
 	}
 	return f.blob.ctx.Err()
@@ -246,7 +246,7 @@ func (s *store) silent() bool { return time.Since(time.Unix(0, s.heard.Load())) 
 func (f *flight) endTurn() {
 	if f.turn {
 		f.turn = false
-		f.blob.store.cache.fetches.Release(1)
+		f.blob.slots.fetches.Release(1)
 	}
 }
 

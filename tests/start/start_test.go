@@ -114,8 +114,8 @@ type startup struct {
 	bytes   int64
 }
 
-// python mounts, runs Python, and unmounts.
-func python(t *testing.T, s *Site, tag string, o MountOptions) startup {
+// startUp mounts, runs Python, and unmounts.
+func startUp(t *testing.T, s *Site, tag string, o MountOptions) startup {
 	t.Helper()
 	s.ResetStats()
 	begin := time.Now()
@@ -149,7 +149,7 @@ func TestProfile(t *testing.T) {
 				for i := range profiles {
 					name := filepath.Join(dir, fmt.Sprintf("profile-%d", i))
 					o := MountOptions{Backend: backend, Cache: filepath.Join(dir, fmt.Sprint(i)), Flags: []string{"--record=" + name}}
-					first = python(t, s, tag, o)
+					first = startUp(t, s, tag, o)
 					var err error
 					if profiles[i], err = os.ReadFile(name); err != nil {
 						t.Fatal(err)
@@ -162,7 +162,7 @@ func TestProfile(t *testing.T) {
 					t.Fatalf("the first start waits for %d GETs only: there is nothing to compare", first.fetches.Demand)
 				}
 				replay := MountOptions{Backend: backend, Cache: filepath.Join(dir, "replay"), Flags: []string{"--prefetch=" + filepath.Join(dir, "profile-1")}}
-				second := python(t, s, tag, replay)
+				second := startUp(t, s, tag, replay)
 				if second.fetches.Demand > first.fetches.Demand/10 {
 					t.Errorf("with a profile a start waits for %d GETs, without for %d", second.fetches.Demand, first.fetches.Demand)
 				}
@@ -171,7 +171,7 @@ func TestProfile(t *testing.T) {
 						second.gets, second.bytes, second.fetches.Prefetch, first.bytes)
 				}
 				replay.Flags = nil
-				if warm := python(t, s, tag, replay); warm.fetches != (Fetches{}) {
+				if warm := startUp(t, s, tag, replay); warm.fetches != (Fetches{}) {
 					t.Errorf("a warm start fetches: %+v", warm.fetches)
 				}
 			})

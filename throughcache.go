@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+
+	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+)
+
+// A remoteBlob is a blob of a registry, which is asked for nothing if that is what the user wants.
+type remoteBlob struct {
+	*registry.Blob
+	offline bool
+}
+
+// Fetch is that of registry.Blob.
+func (b *remoteBlob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
+	if b.offline {
+		return nil, 0, 0, fmt.Errorf("bytes %d+%d of blob %s: %w", off, n, b.Digest(), errOffline)
+	}
+	return b.Blob.Fetch(ctx, off, n)
+}
+
+// FetchElsewhere is that of registry.Blob.
+func (b *remoteBlob) FetchElsewhere(ctx context.Context, off, n int64, why error) (body io.ReadCloser, start, total int64, err error) {
+	if b.offline {
+		return b.Fetch(ctx, off, n)
+	}
+	return b.Blob.FetchElsewhere(ctx, off, n, why)
+}
+
+// A keptPart says what of a blob is to be kept beside the image in it: a chunk index, a dm-verity tree, or all of a blob
+// that has to be decompressed as a whole.
+type keptPart struct {
+	digest    string // under which it is kept
+	off, size int64  // where in the blob it is
+	unit      int64  // as in blobcache.OpenOptions
+	piece     int64  // bytes that are read at once: whole units
+	origin    string
+}
+
+// A throughCache is a blob of which one part is kept in the cache. What is read of that part comes from there; what is
+// read of the rest comes from the registry as if there were no throughCache.
+//
+// Nothing here verifies: who reads the part does that, each time that he reads it. If it is wrong he asks for it
+// elsewhere, and then what is kept goes and is not used again. (So the next mount keeps it anew.)
+type throughCache struct {
+	*remoteBlob
+	part  keptPart
+	kept  *blobcache.Blob // nil: nothing is to be kept
+	found bool            // some of it was kept before: that may be wrong without the registry's fault
+	log   *slog.Logger
+
+	distrusted atomic.Bool
+	removing   sync.Once
+}
+
+// throughCache opens what is kept of a part. It is closed with s.
+func (o *layerOpener) throughCache(s *layerSource, blob *remoteBlob, part keptPart) (*throughCache, error) {
+	t := &throughCache{remoteBlob: blob, part: part, log: o.log}
+	if part.size <= 0 {
+		return t, nil // who reads it says what is wrong with that
+	}
+	var err error
+	// The readers of a layer wait for this, with a slot in hand.
+	t.kept, err = o.cache.Open(part.digest, part.size, partFetcher{t}, blobcache.OpenOptions{
+		ChunkSize: part.unit, Origin: part.origin, Beneath: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	t.found = t.missing() < part.size
+	s.beside = append(s.beside, t)
+	return t, nil
+}
+
+// missing is how many bytes of the part are not kept.
+func (t *throughCache) missing() (n int64) {
+	for off := int64(0); off < t.part.size; {
+		present, end := t.kept.Present(off)
+		if !present {
+			n += end - off
+		}
+		off = end
+	}
+	return n
+}
+
+// Places is how often it makes sense to fetch something again that was wrong.
+func (t *throughCache) Places() int {
+	if t.found {
+		return 1 + t.remoteBlob.Places()
+	}
+	return t.remoteBlob.Places()
+}
+
+// holds says whether a range is in the part, and is read from what is kept.
+func (t *throughCache) holds(off, n int64) bool {
+	return t.kept != nil && off >= t.part.off && n <= t.part.size && off-t.part.off <= t.part.size-n
+}
+
+// Fetch is a Fetcher's.
+func (t *throughCache) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
+	if !t.holds(off, n) || t.distrusted.Load() {
+		return t.remoteBlob.Fetch(ctx, off, n)
+	}
+	return &keptBody{ctx: ctx, from: t, at: off, end: off + n}, off, t.Size(), nil
+}
+
+// FetchElsewhere is that of registry.Blob. What is kept of the range goes.
+func (t *throughCache) FetchElsewhere(ctx context.Context, off, n int64, why error) (body io.ReadCloser, start, total int64, err error) {
+	if t.holds(off, n) {
+		t.removing.Do(func() { t.remove(why) })
+	}
+	return t.remoteBlob.FetchElsewhere(ctx, off, n, why)
+}
+
+func (t *throughCache) remove(why error) {
+	t.distrusted.Store(true) // before reads of what is kept fail
+	t.log.Warn("what is kept beside a layer is wrong, and is removed", "blob", t.Digest(), "offset", t.part.off, "bytes", t.part.size, "err", why)
+	if err := t.kept.Purge(); err != nil {
+		t.log.Error("the cache may keep something that is wrong", "blob", t.Digest(), "err", err)
+	}
+}
+
+// Close notes that the part was of use until now, lest it goes before the image that it belongs to.
+func (t *throughCache) Close() error {
+	var one [1]byte
+	for off := int64(0); off < t.part.size; off += t.part.unit {
+		t.kept.ReadResident(one[:], off)
+	}
+	return t.kept.Close()
+}
+
+// A keptBody reads a range of what is kept. It belongs to one goroutine.
+type keptBody struct {
+	ctx     context.Context
+	from    *throughCache
+	at, end int64 // in the blob: what was not read from the cache yet
+	buf     []byte
+	ready   []byte        // of buf
+	below   io.ReadCloser // not nil: what is kept went meanwhile
+}
+
+func (b *keptBody) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if len(b.ready) == 0 && b.below == nil {
+		if b.at == b.end {
+			return 0, io.EOF
+		}
+		if err := b.fill(); err != nil {
+			return 0, err
+		}
+	}
+	if len(b.ready) == 0 {
+		return b.below.Read(p)
+	}
+	n := copy(p, b.ready)
+	b.ready = b.ready[n:]
+	return n, nil
+}
+
+// fill reads a piece. What the cache could not keep would be fetched anew for each read of it, so a piece has whole
+// units, as far as they are wanted.
+func (b *keptBody) fill() error {
+	t := b.from
+	n := min(b.end-b.at, t.part.piece-(b.at-t.part.off)%t.part.piece)
+	if int64(cap(b.buf)) < n {
+		b.buf = make([]byte, n)
+	}
+	err := t.kept.ReadAt(b.ctx, b.buf[:n], b.at-t.part.off)
+	if err == nil {
+		b.at, b.ready = b.at+n, b.buf[:n]
+		return nil
+	}
+	if !t.distrusted.Load() {
+		return err
+	}
+	body, err := exactly(b.ctx, t.remoteBlob, b.at, b.end-b.at)
+	if err == nil {
+		b.below = body
+	}
+	return err
+}
+
+func (b *keptBody) Close() error {
+	if b.below == nil {
+		return nil
+	}
+	return b.below.Close()
+}
+
+// A partFetcher brings what is to be kept.
+type partFetcher struct{ of *throughCache }
+
+// Fetch is a blobcache.Fetcher's. A blob that is kept as a whole comes by one request, if nothing of it is here: the
+// cache takes the rest as it passes.
+func (f partFetcher) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	t := f.of
+	if off == 0 && t.part.size == t.Size() && t.missing() == t.part.size {
+		return t.remoteBlob.Fetch(ctx, 0, t.Size())
+	}
+	body, err := exactly(ctx, t.remoteBlob, t.part.off+off, n)
+	return body, off, t.part.size, err
+}
+
+// exactly fetches a range, of which the body has nothing but that, whatever the server sends.
+func exactly(ctx context.Context, blob *remoteBlob, off, n int64) (io.ReadCloser, error) {
+	body, start, _, err := blob.Fetch(ctx, off, n)
+	if err != nil {
+		return nil, err
+	}
+	if start < 0 || start > off {
+		err = fmt.Errorf("%d bytes at %d: the body starts at %d", n, off, start)
+	} else {
+		_, err = io.CopyN(io.Discard, body, off-start)
+	}
+	if err != nil {
+		return nil, errors.Join(err, body.Close())
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(body, n), body}, nil
+}
