@@ -30,16 +30,21 @@ import (
 // metered is a meter, and a layer that it follows.
 func metered(t *testing.T, addr string) (*metering, *reader, []byte) {
 	t.Helper()
+	b := verifiable.Make(t, imageBytes(imageSize), verifiable.Options{Chunk: testChunk})
+	m, r := meteredBlob(t, addr, push(t, b, false))
+	return m, r, b.Plain
+}
+
+func meteredBlob(t *testing.T, addr string, p *pushed) (*metering, *reader) {
+	t.Helper()
 	m, err := newMetering(addr, slog.New(slog.DiscardHandler))
 	must(t, err)
 	t.Cleanup(func() { must(t, m.Close()) })
-	b := verifiable.Make(t, imageBytes(imageSize), verifiable.Options{Chunk: testChunk})
-	p := push(t, b, false)
 	r, err := p.openIn(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter})
 	must(t, err)
 	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}, id: "sha256:00"}
 	m.show(o, mountLabels{"r.example/x:v1", "fuse"})
-	return m, r, b.Plain
+	return m, r
 }
 
 // everything has each family have a sample.
@@ -130,16 +135,7 @@ func TestMeterAgrees(t *testing.T) {
 			t.Fatalf("%d reads failed", failed)
 		}
 	}
-	got := values(t, m.text())
-	sum := func(name string, labels ...string) (n float64) {
-		for key, v := range got {
-			words := strings.Fields(key)
-			if words[0] == metricsPrefix+name && !slices.ContainsFunc(labels, func(l string) bool { return !slices.Contains(words, l) }) {
-				n += v
-			}
-		}
-		return n
-	}
+	sum := sums(t, m)
 	size, reads := float64(len(want)), math.Ceil(float64(len(want))/10_000)
 	for _, c := range []struct {
 		what      string
@@ -165,6 +161,64 @@ func TestMeterAgrees(t *testing.T) {
 	}
 	if got := sum("registry_received_bytes_total", "kind=blob"); got < size {
 		t.Errorf("%v bytes were received of an image of %v", got, size)
+	}
+}
+
+// sums adds up the samples of a name that have the labels, as they are now.
+func sums(t *testing.T, m *metering) func(name string, labels ...string) float64 {
+	t.Helper()
+	got := values(t, m.text())
+	return func(name string, labels ...string) (n float64) {
+		t.Helper()
+		known := false
+		for key, v := range got {
+			words := strings.Fields(key)
+			if words[0] != metricsPrefix+name {
+				continue
+			}
+			known = true
+			if !slices.ContainsFunc(labels, func(l string) bool { return !slices.Contains(words, l) }) {
+				n += v
+			}
+		}
+		if !known {
+			t.Errorf("there is no %s", name)
+		}
+		return n
+	}
+}
+
+// TestMeterWrongBytes: a mirror that lies is counted, and so is a layer whose bytes turn out
+// to be wrong when it is too late.
+func TestMeterWrongBytes(t *testing.T) {
+	b := verifiable.Make(t, imageBytes(imageSize), verifiable.Options{Chunk: testChunk})
+	p := push(t, b, true)
+	p.mirror.SetFault(flips(b, 1_000_000, true).OnBlobs())
+	m, r := meteredBlob(t, "", p)
+	if failed := r.readAll(b.Plain, 30_000); failed > 0 {
+		t.Errorf("%d reads failed", failed)
+	}
+	sum := sums(t, m)
+	if sum("registry_wrong_bytes_total") != 1 || sum("registry_mirrors_left_total") != 1 || sum("layer_wrong") != 0 || sum("layer_verified_bytes") != float64(len(b.Plain)) {
+		t.Errorf("of a mirror that lies:\n%s", m.text())
+	}
+
+	b = verifiable.Make(t, imageBytes(imageSize), verifiable.Options{})
+	p = push(t, b, false)
+	p.registry.SetFault(flips(b, 1_000_000, true).OnBlobs())
+	m, r = meteredBlob(t, "", p)
+	for off := int64(0); off < imageSize; off += 100_000 {
+		// It is right where it was not flipped, until all of it is here.
+		_ = r.ReadAt(t.Context(), make([]byte, min(100_000, imageSize-off)), off)
+	}
+	select {
+	case <-r.told:
+	case <-time.After(20 * time.Second):
+		t.Fatal("nobody noticed")
+	}
+	sum = sums(t, m)
+	if sum("layer_wrong") != 1 || sum("layer_verified_bytes") != 0 || sum("layer_info", "verified_by="+byNothing) != 1 {
+		t.Errorf("of a layer that is wrong:\n%s", m.text())
 	}
 }
 

@@ -158,7 +158,8 @@ func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *thr
 			return blob.FetchElsewhere(ctx, off, n, why)
 		}
 	}
-	body, start, _, err := fetch(ctx, 0, blob.Size())
+	// It is no metadata: the mount waits for its data.
+	body, start, _, err := fetch(registry.WithCause(ctx, "demand"), 0, blob.Size())
 	if err != nil {
 		return err
 	}

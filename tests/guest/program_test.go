@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -92,7 +94,8 @@ func testProgram(t *testing.T, _ version) {
 	reg, ref := serveTree(t)
 	want := largeListing(t)
 	dir := t.TempDir()
-	program(t, "mount", "--backend=nbd", "--plain-http", "--on-error=wait:"+onError.String(), "--cache-dir", t.TempDir(), ref, dir)
+	metrics := filepath.Join(t.TempDir(), "metrics")
+	program(t, "mount", "--backend=nbd", "--plain-http", "--on-error=wait:"+onError.String(), "--metrics=unix:"+metrics, "--cache-dir", t.TempDir(), ref, dir)
 
 	if _, err := tree.List(dir); err != nil {
 		t.Error(err)
@@ -122,12 +125,43 @@ func testProgram(t *testing.T, _ version) {
 	if after.PID == before.PID {
 		t.Error("the new server is the old one")
 	}
+	// It counts from its own beginning, and shows that where the old one did.
+	if n := scrape(t, metrics, "erofs_oci_cache_reads_total{result=\"miss\"} "); n == "" || n == "0" {
+		t.Errorf("the new server has counted %q reads that had to wait", n)
+	}
 
 	if err := unix.Unmount(dir, 0); err != nil {
 		t.Error(err)
 	}
 	awaitEnd(t, after.PID)
+	if _, err := os.Lstat(metrics); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket of the metrics is left: %v", err)
+	}
 	leftInRunDir(t)
+}
+
+// scrape is what the metrics on a socket have behind a word.
+func scrape(t *testing.T, socket, word string) string {
+	t.Helper()
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}
+	defer transport.CloseIdleConnections()
+	resp, err := (&http.Client{Transport: transport}).Get("http://metrics/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, word); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
 }
 
 // testSupervised: the server is killed in mid-walk, again and again, and nobody
