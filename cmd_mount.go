@@ -36,6 +36,7 @@ func (p *program) mountCommand() *cli.Command {
 			&cli.StringFlag{Name: "overlay", Usage: "mount writable; keep what is written in `DIR`, for the next mount of the image, too"},
 			&cli.BoolFlag{Name: "tmpfs-overlay", Usage: "mount writable; keep what is written in memory, until the mount ends"},
 			&cli.IntFlag{Name: "nbd-connections", Value: 1, Usage: "with nbd: `N` sockets to the kernel's device; requests are concurrent on each"},
+			recordFlag(),
 			&cli.BoolFlag{Name: "supervise", Usage: "with nbd: start another server when this one dies; readers wait meanwhile"},
 			metricsFlag(),
 		}, imageFlags()...),
@@ -223,6 +224,9 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	defer func() { err = errors.Join(err, watch.Close()) }()
 	src.record(&rec)
 	err = p.describe(mounted, &rec)
+	if err == nil {
+		err = src.recording.begin()
+	}
 	if err == nil {
 		err = p.announce(claim, log, rec)
 	}

@@ -127,6 +127,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 		// The mount is served; only who asked does not hear of it.
 		log.Error("announce the reattached mount", "err", err)
 	}
+	src.recording.start()
 	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
 }
@@ -214,6 +215,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	}}
 	s.keep = keptOptions(rec.Access)
 	metering.measure(s)
+	s.record, s.resume = rec.Access.Record, true
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}

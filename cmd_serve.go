@@ -38,6 +38,7 @@ func (p *program) serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "tls-cert", Usage: "make clients use TLS, with the certificate in `FILE` (PEM)"},
 			&cli.StringFlag{Name: "tls-key", Usage: "the certificate's key in `FILE` (PEM)"},
 			&cli.StringFlag{Name: "tls-client-ca", Usage: "serve only clients with a certificate by an authority in `FILE` (PEM)"},
+			recordFlag(),
 			&cli.BoolFlag{Name: "public", Usage: "let everybody who reaches the address read the image"},
 			metricsFlag(),
 		}, sourceFlags()...),
@@ -111,6 +112,9 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 	l, err := s.address.listen()
 	if err != nil {
 		return err
+	}
+	if err := src.recording.begin(); err != nil {
+		return errors.Join(err, l.Close())
 	}
 	if _, err := fmt.Fprintln(p.stdout, nbdURI(l.Addr(), s.tls != nil)); err != nil {
 		return errors.Join(err, l.Close())

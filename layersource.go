@@ -18,6 +18,7 @@ import (
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/chunked"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
+	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/registry/verified"
 )
 
@@ -72,6 +73,8 @@ type layerSource struct {
 	log    *slog.Logger
 	image  *chunked.Image  // nil: as it is in the blob
 	beside []*throughCache // what else of the blob is kept
+
+	touches *profile.Touches // nil: what is read is not recorded
 
 	// Where nothing verifies parts, the whole is verified when it is here.
 	open    chan struct{} // closed when bytes is set
@@ -387,6 +390,7 @@ func (s *layerSource) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if off < 0 || off > s.size || int64(len(p)) > s.size-off {
 		return fmt.Errorf("%d bytes at %d lie outside the image's %d bytes: %w", len(p), off, s.size, io.ErrUnexpectedEOF)
 	}
+	s.touches.Touch(off, len(p))
 	err := s.bytes.ReadAt(ctx, p, off)
 	if wrong := s.wrong.Load(); err != nil && wrong != nil {
 		return wrong // it came to light meanwhile, and ended the read
@@ -399,6 +403,7 @@ func (s *layerSource) ReadResident(p []byte, off int64) bool {
 	if s.wrong.Load() != nil || off < 0 || off > s.size || int64(len(p)) > s.size-off {
 		return false
 	}
+	s.touches.Touch(off, len(p))
 	return s.bytes.ReadResident(p, off)
 }
 

@@ -103,7 +103,7 @@ func (p *program) app() *cli.App {
 		Commands: []*cli.Command{p.mountCommand(), p.fuseCommand(), p.umountCommand(), p.listCommand(), p.metricsCommand(), p.inspectCommand(),
 			p.buildCommand(), p.convertCommand(), p.pushCommand(), p.diffCommand(),
 			p.lsCommand(), p.catCommand(), p.statCommand(), p.extractCommand(),
-			p.checkCommand(), p.dumpCommand(), p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.cacheCommand(), p.doctorCommand(), p.helperCommand()},
+			p.checkCommand(), p.dumpCommand(), p.serveCommand(), p.reattachCommand(), p.disconnectCommand(), p.cacheCommand(), p.profileCommand(), p.doctorCommand(), p.helperCommand()},
 		// run prints errors and chooses the exit code.
 		ExitErrHandler: func(*cli.Context, error) {},
 		Action: func(c *cli.Context) error {

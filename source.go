@@ -77,6 +77,8 @@ type sourceOptions struct {
 	verify   string
 	metrics  string // where they are served; "": nowhere
 	meter    *meter // counts; nil where nobody looks
+	record   string // the file of a profile; "": nothing is recorded
+	resume   bool   // goes on with what is in that file
 	// creds says that name and password come in one line.
 	creds bool
 	// offline: the registry is asked for nothing.
@@ -90,7 +92,7 @@ func (s *sourceOptions) access() backend.Access {
 		CacheSize: s.keep.size, CacheMinFree: s.keep.minFree, Paranoid: s.keep.paranoid,
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
-		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Metrics: s.metrics, Offline: s.offline,
+		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Metrics: s.metrics, Offline: s.offline, Record: s.record,
 	}
 }
 
@@ -177,6 +179,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if s.keep, err = readKeepOptions(c); err != nil {
 		return err
 	}
+	if s.record, err = recordOption(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -237,6 +242,8 @@ type opened struct {
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
 	wrong chan error
+	// recording is nil where nothing is recorded.
+	recording *recording
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -325,10 +332,21 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 		})
 	}
 	o.id = identity.ChainID(digests).String()
-	err := all.Wait()
-	if err == nil && s.offline {
+	if err := all.Wait(); err != nil {
+		return err
+	}
+	if s.offline {
 		o.sayMissing(say)
 	}
+	if s.record == "" {
+		return nil
+	}
+	record := newRecording
+	if s.resume {
+		record = resumeRecording
+	}
+	var err error
+	o.recording, err = record(s.record, o.layers, log)
 	return err
 }
 
@@ -441,7 +459,7 @@ func (o *opened) explain(err error) error {
 
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
-	var errs []error
+	errs := []error{o.recording.Close()}
 	for _, l := range o.layers {
 		if l.blob != nil {
 			errs = append(errs, l.blob.Close())

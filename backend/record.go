@@ -81,6 +81,8 @@ type Access struct {
 	Verify          string `json:"verify,omitempty"`             // how bytes are verified; as usual if empty
 	Metrics         string `json:"metrics,omitempty"`            // where they are served
 	Offline         bool   `json:"offline,omitempty"`            // nothing is fetched
+
+	Record string `json:"record,omitempty"` // the file of the profile that is recorded
 }
 
 // State says how a recorded mount is.

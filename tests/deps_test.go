@@ -45,6 +45,7 @@ var lattice = map[string]room{
 	},
 	"registry/lastknown": {deny: []string{"net", "log"}},
 	"registry/verified":  {ours: []string{"registry/integrity"}},
+	"registry/profile":   {},
 	"registry/tarlayer": {
 		others: []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/opencontainers/go-digest",
 			"github.com/opencontainers/image-spec"},
