@@ -93,11 +93,12 @@ func (p *program) cacheCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "cache",
 		Usage: "look at what was fetched and is kept, and make room",
-		Description: "The cache holds the chunks of layers that were read, for every mount of this user. What was\n" +
-			"not read for longest goes by itself where it would take more than --cache-size of mount.",
+		Description: "The cache holds the chunks of layers that were read, with the manifests, chunk indexes and\n" +
+			"dm-verity trees that belong to them, for every mount of this user. What was not read for\n" +
+			"longest goes by itself where it would take more than --cache-size of mount.",
 		HideHelpCommand: true,
 		Subcommands: []*cli.Command{
-			command("ls", " ", "show what is kept of each layer", p.cacheList),
+			command("ls", " ", "show what is kept of each layer, and of what belongs to layers", p.cacheList),
 			command("du", " ", "show how much is kept in all, and the limits", p.cacheUsage, keepFlags()[:2]...),
 			command("prune", " ", "remove all that is not in use", p.cachePrune,
 				&cli.StringFlag{Name: "keep", Usage: "remove what was not read for longest, until at most `SIZE` is left", Value: "0"}),
@@ -171,7 +172,7 @@ func (p *program) cacheUsage(c *cli.Context, cache *blobcache.Cache) error {
 		limit = strconv.FormatInt(u.Limit, 10)
 	}
 	t := tabwriter.NewWriter(p.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "directory\t%s\nlayers\t%d\nkept\t%d bytes\nlimit\t%s\nfree\t%d bytes\nleft free\t%d bytes\n",
+	fmt.Fprintf(t, "directory\t%s\nblobs\t%d\nkept\t%d bytes\nlimit\t%s\nfree\t%d bytes\nleft free\t%d bytes\n",
 		printable(u.Directory), u.Blobs, u.Occupied, limit, u.Free, u.MinFree)
 	return t.Flush()
 }

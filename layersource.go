@@ -69,6 +69,7 @@ type layerSource struct {
 	bytes  layerBytes
 	cached *blobcache.Blob // the same, where it is in the cache
 	size   int64           // of what may be read: nothing vouches for what is behind it
+	treeAt int64           // where in the image a dm-verity tree begins; 0 without one
 	by     string
 	log    *slog.Logger
 	image  *chunked.Image  // nil: as it is in the blob
@@ -125,6 +126,9 @@ func (o *layerOpener) open(ctx context.Context, l registry.Layer) (_ *layerSourc
 		return nil, fmt.Errorf("%w; --verify=off would not look at it", err)
 	}
 	s := &layerSource{digest: l.Digest.String(), by: byNothing, log: o.log, open: make(chan struct{}), checked: make(chan struct{}), changed: make(chan struct{}), onWrong: o.onWrong}
+	if v.Verity != nil {
+		s.treeAt = v.Verity.Off
+	}
 	// The check of the whole ends with the source.
 	s.life, s.end = context.WithCancel(context.Background())
 	if v.Compressed {

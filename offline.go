@@ -89,14 +89,30 @@ func (o *opened) chooseOffline(s *sourceOptions) ([]registry.Layer, error) {
 func (o *opened) sayMissing(say func(format string, args ...any)) {
 	for i := range o.layers {
 		l := &o.layers[i]
-		st := l.blob.status()
+		here, all := l.blob.here()
 		switch {
-		case st.Fetched < st.Size:
-			say("%s: %d%% of it is here; reads of the rest fail", l.name(), int64(float64(st.Fetched)/float64(st.Size)*100))
+		case here < all:
+			say("%s: %d%% of it is here; reads of the rest fail", l.name(), int64(float64(here)/float64(all)*100))
 		case l.blob.unverifiable():
 			say("%s: all of it is here, but not all of what it is verified by; some reads fail", l.name())
 		}
 	}
+}
+
+// here is how much of the file system is here. A tree behind it is no part of that: nobody reads it there.
+func (s *layerSource) here() (n, all int64) {
+	all = s.size
+	if s.treeAt > 0 {
+		all = min(all, s.treeAt)
+	}
+	for off := int64(0); off < all; {
+		present, end := s.Present(off)
+		if end = min(end, all); present {
+			n += end - off
+		}
+		off = end
+	}
+	return n, all
 }
 
 // unverifiable says that what parts are verified by is not all here.
