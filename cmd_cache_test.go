@@ -2,6 +2,7 @@ package main
 
 import (
 	"log/slog"
+	"reflect"
 	"testing"
 
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -16,7 +17,7 @@ func TestKeepOptions(t *testing.T) {
 		{keepOptions{size: "unlimited", minFree: "0"}, blobcache.Options{MaxBytes: -1, MinFree: -1}},
 		{keepOptions{size: "2GiB", minFree: "1T", paranoid: true}, blobcache.Options{MaxBytes: 2 << 30, MinFree: 1 << 40, Paranoid: true}},
 	} {
-		if got, err := c.keep.options(nil); err != nil || got != c.want {
+		if got, err := c.keep.options(nil); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%+v: %+v, %v; want %+v", c.keep, got, err, c.want)
 		}
 	}

@@ -45,7 +45,7 @@ func (s *store) wasRead(chunk int64) bool {
 // does not queue behind a guess, and guesses do not queue. The caller holds s.mu and starts the flights.
 func (b *Blob) readAhead(first, end int64, begun []*flight) []*flight {
 	s := b.store
-	if s.guesser.max == 0 || s.troubled || s.whole {
+	if s.guesser.max == 0 || b.noReadahead || s.troubled || s.whole {
 		return begun
 	}
 	cursor := s.guesser.follow(first, end)
@@ -77,7 +77,8 @@ func (b *Blob) claimAhead(begun []*flight, first, end int64) ([]*flight, int64) 
 			run.ahead = true
 		}
 		run.end = c + 1
-		s.claim(c, run).ahead = true
+		pend := s.claim(c, run)
+		pend.ahead, pend.cause = true, Readahead
 		s.fresh.set(c)
 	}
 	return begun, end
@@ -97,6 +98,7 @@ func (s *store) endingAt(begun []*flight, chunk int64) *flight {
 func (s *store) forgo(f *flight) {
 	for c, pend := range s.inflight {
 		if pend.flight == f && s.fresh.has(c) {
+			pend.failure = f.unkept
 			s.drop(c, pend, errAbandoned)
 		}
 	}

@@ -16,14 +16,15 @@ var errAbandoned = errors.New("its fetch was given up")
 
 // A Blob reads one blob through the cache. Its methods may be called in parallel.
 type Blob struct {
-	store      *store
-	fetcher    Fetcher
-	slots      slots                                                // that its flights take
-	vouched    bool                                                 // see OpenOptions
-	verify     func(ctx context.Context, p []byte, off int64) error // may be nil
-	onComplete func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two
-	completed  bool                                                 // it was called
-	rest       time.Time                                            // until when it is not called again
+	store       *store
+	fetcher     Fetcher
+	slots       slots // that its flights take
+	vouched     bool  // see OpenOptions, as is noReadahead
+	noReadahead bool
+	verify      func(ctx context.Context, p []byte, off int64) error // may be nil
+	onComplete  func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two
+	completed   bool                                                 // it was called
+	rest        time.Time                                            // until when it is not called again
 
 	ctx     context.Context // its flights' context
 	cancel  context.CancelFunc
@@ -52,12 +53,24 @@ func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if b.readResident(p, off) {
 		return nil
 	}
-	s.counters.misses.Add(1)
-	if err := b.readMissing(ctx, p, off); err != nil {
+	if err := b.readWaiting(ctx, p, off); err != nil {
 		return fmt.Errorf("read %d bytes at %d of %s: %w", len(p), off, s.digest, err)
 	}
 	s.counters.bytesServed.Add(int64(len(p)))
 	return nil
+}
+
+// readWaiting is for what is not present: the background is for others meanwhile.
+func (b *Blob) readWaiting(ctx context.Context, p []byte, off int64) error {
+	s := b.store
+	s.counters.misses.Add(1)
+	s.cache.background.enter()
+	defer s.cache.background.leave()
+	if observe := s.cache.options.ObserveWait; observe != nil {
+		began := time.Now()
+		defer func() { observe(time.Since(began)) }()
+	}
+	return b.readMissing(ctx, p, off)
 }
 
 // ReadResident fills p and answers true if all of it is present; otherwise it answers false at once, having fetched

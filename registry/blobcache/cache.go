@@ -29,6 +29,14 @@ type Options struct {
 	MaxFetches int   // fetches that somebody waits for, under way at a time, all blobs together; 16 if zero
 	Readahead  int64 // the most that is fetched ahead of a reader; 16 MiB if zero, nothing if negative
 	MaxAhead   int   // fetches under way beside those that nobody waits for; 4 if zero
+	// MaxPrefetches is how many fetches of Prefetch are under way at a time, of all blobs together; 2 if zero.
+	MaxPrefetches int
+	PrefetchRate  int64 // bytes a second that they bring together; no limit if zero
+	// Label gives the context of each Fetch, made of what it would be otherwise, by its cause. nil: as it is.
+	Label func(ctx context.Context, cause Cause) context.Context
+	// ObserveWait is called after each ReadAt that was not answered from what is present, with how long it took. It
+	// may be called in parallel. nil: nobody is told.
+	ObserveWait func(time.Duration)
 	// MaxBytes is how much of the file system the directory may take, for all processes together as long as all of
 	// them say the same. 10 % of the file system, and 20 GiB at most, if zero; no limit if negative.
 	MaxBytes int64
@@ -50,6 +58,7 @@ const (
 	defaultReadahead  = 16 << 20
 	defaultMaxAhead   = 4
 	defaultPatience   = 20 * time.Second
+	defaultPrefetches = 2
 	minChunkSize      = 4 << 10
 	maxChunkSize      = 16 << 20
 	maxLoads          = 16
@@ -79,6 +88,12 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.MaxAhead == 0 {
 		o.MaxAhead = defaultMaxAhead
+	}
+	if o.MaxPrefetches == 0 {
+		o.MaxPrefetches = defaultPrefetches
+	}
+	if o.MaxPrefetches < 0 || o.PrefetchRate < 0 {
+		return o, fmt.Errorf("%d prefetches, %d bytes a second: must not be negative", o.MaxPrefetches, o.PrefetchRate)
 	}
 	if o.MaxSpan < 0 || o.MaxFetches < 0 || o.MaxAhead < 0 {
 		return o, fmt.Errorf("span of %d bytes, %d fetches, %d ahead: must not be negative", o.MaxSpan, o.MaxFetches, o.MaxAhead)
@@ -124,7 +139,18 @@ type OpenOptions struct {
 	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
 	// slot, so its own flights have others.
 	Beneath bool
+	// NoReadahead has nothing fetched ahead of those who read through this Blob.
+	NoReadahead bool
 }
+
+// A Cause is what bytes are fetched for.
+type Cause string
+
+const (
+	Demand    Cause = "demand"    // somebody waits for them
+	Readahead Cause = "readahead" // somebody will probably read them next
+	Prefetch  Cause = "prefetch"  // Blob.Prefetch wants them
+)
 
 // A storeKey tells stores apart: blobs share one only if they agree on the unit and on whether chunks are verified.
 type storeKey struct {
@@ -156,6 +182,9 @@ type Cache struct {
 	beneath slots               // of the blobs that others are verified by
 	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
+	background *background
+	counters   cacheCounters
+
 	mu     sync.Mutex // guards what follows, and store.refs
 	stores map[storeKey]*store
 	// orphans are open, and their files were purged or removed: nobody who opens a blob gets one of them any more.
@@ -183,9 +212,11 @@ func New(dir string, o Options) (*Cache, error) {
 		ahead:   semaphore.NewWeighted(int64(o.MaxAhead)),
 		loads:   semaphore.NewWeighted(maxLoads),
 		beneath: slots{semaphore.NewWeighted(int64(o.MaxFetches)), semaphore.NewWeighted(maxLoads)},
-		stores:  make(map[storeKey]*store),
-		orphans: make(map[*store]struct{}),
-		blobs:   make(map[*Blob]struct{}),
+
+		background: newBackground(o),
+		stores:     make(map[storeKey]*store),
+		orphans:    make(map[*store]struct{}),
+		blobs:      make(map[*Blob]struct{}),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.tick()
@@ -247,7 +278,7 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 		c.stores[key] = s
 	}
 	s.refs++
-	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead}
 	b.slots = slots{c.fetches, c.loads}
 	if o.Beneath {
 		b.slots = c.beneath

@@ -52,6 +52,11 @@ type tenant struct {
 // many it were. Regions that somebody reads, or fetches into, stay, and so do those that another process may read. With
 // files, the files of blobs of which nothing is here go, too. The caller has the directory's lock.
 func (c *Cache) evict(want int64, files bool) (freed int64, err error) {
+	return c.evictUsed(want, files, anyTime)
+}
+
+// evictUsed is evict for regions that were last read before a time.
+func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, err error) {
 	tenants, err := c.tenants()
 	defer func() {
 		for _, t := range tenants {
@@ -73,10 +78,14 @@ func (c *Cache) evict(want int64, files bool) (freed int64, err error) {
 		return 0
 	})
 	for _, v := range victims {
-		if freed >= want {
+		if freed >= want || v.used >= before {
 			break
 		}
 		gone, evictErr := v.of.evict(v.region)
+		if gone > 0 {
+			c.counters.evictions.Add(1)
+			c.counters.evictedBytes.Add(gone)
+		}
 		freed, err = freed+gone, errors.Join(err, evictErr)
 	}
 	if files || freed < want {

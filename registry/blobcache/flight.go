@@ -18,17 +18,23 @@ type flight struct {
 	first, end int64   // the chunks it asks for; end goes up when it turns out to be the stream
 	demanded   int64   // the chunks before this one are waited for, those from here on are fetched ahead
 	ahead      bool    // it has a slot for what it fetches ahead
+	background bool    // it brings what Prefetch wants, see background
+	slot       bool    // it has a slot of the background
+	begun      bool    // of the background, it is about to fetch: readers of its chunks wait for it. Guarded by store.mu
 	turn       bool    // it has a slot for what is waited for
 	receiving  bool    // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
 	ranged     bool    // the body began where it was asked to
-	unkept     bool    // the disk did not take a chunk
+	unkept     error   // why the disk did not take a chunk
 	fetched    bool    // it has asked for something
 	looked     bool    // what of it is on disk was published, and what of it others fetch is left to them
 	waits      bool    // it fetches nothing: another process does
 	locks      []int64 // chunks whose lock between processes it has
 	troubled   bool    // it failed, or was not kept
 	// heard is when the last byte came or, before the first one, when it began.
-	heard atomic.Int64
+	heard  atomic.Int64
+	paused atomic.Bool   // it lets others go first, or keeps to a rate
+	rested time.Duration // how long it let others go first since its body came
+	counts *atomic.Int64 // whose cause the next bytes are of; nil: demand
 }
 
 func (b *Blob) newFlight(chunk int64) *flight {
@@ -37,7 +43,27 @@ func (b *Blob) newFlight(chunk int64) *flight {
 	return f
 }
 
-func (f *flight) quiet() bool { return time.Since(time.Unix(0, f.heard.Load())) > quiet }
+func (f *flight) quiet() bool {
+	return time.Since(time.Unix(0, f.heard.Load())) > quiet && !f.paused.Load()
+}
+
+// cause is what the bytes of a chunk are fetched for that nobody is known to want.
+func (f *flight) cause(chunk int64) Cause {
+	switch {
+	case f.background:
+		return Prefetch
+	case f.ahead && chunk >= f.demanded:
+		return Readahead
+	}
+	return Demand
+}
+
+// loose says that a reader has a chunk in flight fetched by a flight of its own: what was to bring it stands still, or
+// waits for its turn behind all readers. The caller holds store.mu.
+func (p *pending) loose() bool {
+	f := p.flight
+	return p.ahead && f.quiet() || f.background && (f.waits || !f.begun)
+}
 
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
 // are nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become flights, and never does a chunk have two.
@@ -45,6 +71,7 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 	s := b.store
 	wanted := make([]*pending, end-first)
 	var begun []*flight
+	promote := false
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -62,11 +89,13 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 		case s.present.has(c):
 			run = nil
 			continue
-		case pend != nil && !(pend.ahead && pend.flight.quiet()):
+		case pend != nil && !pend.loose():
 			run = nil
+			promote = promote || pend.flight.background
 		case pend == nil && s.stream != nil && c >= s.streamNext:
 			run = nil
 			pend = s.claim(c, s.stream)
+			promote = promote || s.stream.background
 		default:
 			if run == nil || c-run.first == s.perFlight() {
 				run = b.newFlight(c)
@@ -76,9 +105,13 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 			if pend == nil {
 				pend = s.claim(c, run)
 			}
-			pend.flight, pend.ahead = run, false
+			pend.flight, pend.ahead, pend.cause = run, false, Demand
 		}
+		pend.wanted = true
 		wanted[c-first] = pend
+	}
+	if promote {
+		s.cache.background.wake()
 	}
 	if news < end {
 		begun = b.readAhead(news, end, begun)
@@ -97,7 +130,7 @@ func (b *Blob) start(begun []*flight) {
 
 // claim puts an absent chunk in flight. The caller holds s.mu.
 func (s *store) claim(chunk int64, f *flight) *pending {
-	pend := &pending{flight: f, done: make(chan struct{})}
+	pend := &pending{flight: f, cause: Demand, done: make(chan struct{})}
 	s.inflight[chunk] = pend
 	s.pin(chunk, chunk+1)
 	return pend
@@ -107,7 +140,7 @@ func (s *store) claim(chunk int64, f *flight) *pending {
 func (f *flight) run() {
 	b := f.blob
 	err := f.fly()
-	f.troubled = err != nil || f.unkept
+	f.troubled = err != nil || f.unkept != nil
 	switch {
 	case err == nil:
 		err = io.ErrUnexpectedEOF // nothing is left undone without an error; should it be, no reader takes a hole for data
@@ -121,6 +154,9 @@ func (f *flight) run() {
 		b.store.cache.options.Logger.Log(b.ctx, level, "fetch failed", "blob", b.store.digest, "error", err)
 	}
 	f.land(err)
+	if f.slot {
+		b.store.cache.background.end()
+	}
 }
 
 // land returns to absent what f was to bring and did not, and tells those who wait. Who came upon a chunk that was
@@ -134,13 +170,14 @@ func (f *flight) land(err error) {
 	if s.stream == f {
 		s.stream = nil
 	}
-	if f.fetched || f.troubled {
+	if (f.fetched || f.troubled) && !f.background {
 		s.troubled = f.troubled
 	}
 	for c, pend := range s.inflight {
 		switch {
 		case pend.flight != f:
 		case pend.ahead && !shared:
+			pend.failure = err
 			s.drop(c, pend, errAbandoned)
 		default:
 			s.drop(c, pend, err)
@@ -182,6 +219,11 @@ func (f *flight) fly() error {
 		}
 		defer f.endTurn()
 	}
+	if f.background {
+		if err := f.mayBegin(); err != nil {
+			return err
+		}
+	}
 	if !f.looked {
 		if err := f.divide(); err != nil {
 			return err
@@ -194,10 +236,20 @@ func (f *flight) fly() error {
 	n := min(f.end*s.chunkSize, s.size) - off
 	f.fetched = true
 	s.counters.fetches.Add(1)
-	if f.demanded == f.first {
+	ctx := b.ctx
+	cause := f.cause(f.first)
+	switch cause {
+	case Readahead:
 		s.counters.fetchesAhead.Add(1)
+	case Prefetch:
+		s.counters.fetchesPrefetch.Add(1)
 	}
-	body, start, total, err := b.fetcher.Fetch(b.ctx, off, n)
+	if label := s.cache.options.Label; label != nil {
+		ctx = label(ctx, cause)
+	}
+	s.cache.counters.inFlight.Add(1)
+	defer s.cache.counters.inFlight.Add(-1)
+	body, start, total, err := b.fetcher.Fetch(ctx, off, n)
 	if err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: %w", n, off, err)
 	}
@@ -278,7 +330,11 @@ func (f *flight) receive(body io.Reader, start int64) error {
 			return nil
 		}
 		data := (*buffer)[:s.disk.chunkLen(chunk)]
-		if n, err := io.ReadFull(r, data); err != nil {
+		n, err := io.ReadFull(r, data)
+		if f.counts != nil {
+			f.counts.Add(int64(n))
+		}
+		if err != nil {
 			return broken(err, chunk*s.chunkSize+int64(n))
 		}
 		if pend != nil {
@@ -346,6 +402,7 @@ func (s *store) makeStream(f *flight, next int64) {
 			pend.flight, pend.ahead = f, false
 		}
 	}
+	s.cache.background.wake() // if readers wait for what it takes over
 }
 
 // take decides about the chunk that comes next: whom it is for, or nil if it is to be dropped, since it is here
@@ -356,10 +413,10 @@ func (f *flight) take(chunk int64) (*pending, bool) {
 	s := f.blob.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if f.unkept {
+	if f.unkept != nil {
 		s.forgo(f)
 	}
-	if (f.unkept || f.ahead && s.stream != f) && !s.owed(f) {
+	if (f.unkept != nil || (f.ahead || f.background) && s.stream != f) && !s.owed(f) {
 		if s.stream == f {
 			s.stream = nil
 		}
@@ -368,14 +425,19 @@ func (f *flight) take(chunk int64) (*pending, bool) {
 	if s.stream == f {
 		s.streamNext = chunk + 1
 	}
+	cause := f.cause(chunk)
 	pend := s.inflight[chunk]
 	switch {
 	case pend != nil && pend.flight == f:
-		return pend, true
-	case pend != nil || s.present.has(chunk) || s.known.has(chunk) || f.unkept:
-		return nil, true
+		cause = pend.cause
+	case pend != nil || s.present.has(chunk) || s.known.has(chunk) || f.unkept != nil:
+		pend = nil
+	default:
+		pend = s.claim(chunk, f)
+		pend.cause = cause
 	}
-	return s.claim(chunk, f), true
+	f.counts = s.counters.bytesOf(cause)
+	return pend, true
 }
 
 // publish makes a whole chunk present and lets those who wait for it go. The bit is set after the chunk and its entry
@@ -392,8 +454,10 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	}
 	err := f.keep(chunk, pend, data)
 	if err != nil && !errors.Is(err, errLocked) {
-		f.unkept = true
-		s.cache.cannotKeep(err)
+		f.unkept = noRoom(err)
+		if !f.background { // who prefetches is told
+			s.cache.cannotKeep(err)
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -402,11 +466,8 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 		return // the same, just now
 	}
 	if err != nil {
-		pend.data = bytes.Clone(data)
+		pend.data, pend.unkept = bytes.Clone(data), noRoom(err)
 		s.fresh.clear(chunk)
-	}
-	if pend.ahead {
-		s.counters.bytesAhead.Add(int64(len(data)))
 	}
 	f.deliver(chunk, pend, data, err == nil, f.blob.verify != nil || f.blob.vouched)
 }
@@ -472,6 +533,7 @@ func (f *flight) verify(chunk int64, data []byte) error {
 	case b.ctx.Err() != nil:
 		return errAbandoned
 	}
+	b.store.cache.counters.refused.Add(1)
 	err = &refusedError{off, err}
 	b.store.cache.options.Logger.Warn("chunk refused", "blob", b.store.digest, "error", err)
 	return err
@@ -500,6 +562,28 @@ type flightReader struct {
 }
 
 func (r flightReader) Read(p []byte) (int, error) {
+	if r.flight.background {
+		return r.readBehind(p)
+	}
+	return r.read(p)
+}
+
+// readBehind reads when the background may.
+func (r flightReader) readBehind(p []byte) (int, error) {
+	promoted, err := r.flight.mayRead()
+	switch {
+	case err != nil:
+		return 0, err
+	case promoted:
+		return r.read(p)
+	}
+	g := r.flight.blob.store.cache.background
+	n, err := r.read(p[:g.portion(len(p))])
+	g.spend(n)
+	return n, err
+}
+
+func (r flightReader) read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	if n > 0 {
 		now := time.Now().UnixNano()

@@ -29,11 +29,18 @@ const childEnv = "EROFS_OCI_BLOBCACHE_CHILD"
 type errand struct {
 	Dir, URL string
 	Size     int
-	Options  Options
+	Options  errandOptions
 	Readers  int
 	Reads    int // 0: no end
 	Most     int // the longest read
 	Seed     uint64
+}
+
+// errandOptions are what of a cache's options another process can be told.
+type errandOptions struct{ ChunkSize, MaxSpan, MaxBytes, Readahead, PrefetchRate int64 }
+
+func (o errandOptions) options() Options {
+	return Options{ChunkSize: o.ChunkSize, MaxSpan: o.MaxSpan, MaxBytes: o.MaxBytes, Readahead: o.Readahead, PrefetchRate: o.PrefetchRate}
 }
 
 // runChild does the errand, once a line comes in, and says "reading" when it begins.
@@ -42,7 +49,7 @@ func runChild(encoded string) error {
 	if err := json.Unmarshal([]byte(encoded), &e); err != nil {
 		return err
 	}
-	c, err := New(e.Dir, e.Options)
+	c, err := New(e.Dir, e.Options.options())
 	if err != nil {
 		return err
 	}
@@ -222,7 +229,7 @@ func TestProcessesFetchOnce(t *testing.T) {
 			s := newServer(size)
 			dir := t.TempDir()
 			e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 50, Reads: 20, Most: 9 * cs,
-				Options: Options{ChunkSize: cs, MaxSpan: 8 * cs, Readahead: ahead}}
+				Options: errandOptions{ChunkSize: cs, MaxSpan: 8 * cs, Readahead: ahead}}
 			a := spawn(t, e)
 			e.Seed = 1
 			b := spawn(t, e)
@@ -253,7 +260,7 @@ func TestKilledProcess(t *testing.T) {
 	s := newServer(size)
 	dir := t.TempDir()
 	e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 6, Most: 9 * cs,
-		Options: Options{ChunkSize: cs, MaxSpan: 8 * cs, MaxBytes: 2 * regionSize, Readahead: 64 * cs}}
+		Options: errandOptions{ChunkSize: cs, MaxSpan: 8 * cs, MaxBytes: 2 * regionSize, Readahead: 64 * cs}}
 	survivor := spawn(t, e)
 	survivor.start(t)
 	rng := rand.New(rand.NewPCG(3, 4))
@@ -276,7 +283,7 @@ func TestKilledProcess(t *testing.T) {
 		t.Errorf("survivor: %s", survivor.stderr.String())
 	}
 	checkSound(t, dir)
-	b := openBlob(t, openCacheAt(t, dir, e.Options), s)
+	b := openBlob(t, openCacheAt(t, dir, e.Options.options()), s)
 	for off := int64(0); off < size; off += 50 * cs {
 		if err := readNow(ctx, b, s, off, min(50*cs, size-off)); err != nil {
 			t.Error(err)
@@ -301,11 +308,11 @@ func TestTakeOver(t *testing.T) {
 		}
 	}
 	dir := t.TempDir()
-	e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 1, Most: 1, Options: Options{ChunkSize: cs, Readahead: -1}}
+	e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 1, Most: 1, Options: errandOptions{ChunkSize: cs, Readahead: -1}}
 	c := spawn(t, e)
 	c.start(t)
 	stuck.Wait() // its first chunk is being fetched, and will be for ever
-	b := openBlob(t, openCacheAt(t, dir, e.Options), s)
+	b := openBlob(t, openCacheAt(t, dir, e.Options.options()), s)
 	all := read(ctx, b, s, 0, size)
 	chunk := s.asked()[0].off / cs
 	for { // all but that chunk are fetched

@@ -119,6 +119,7 @@ func (f *flight) load(chunk int64, pend *pending, data []byte) error {
 // discard takes a damaged chunk off the disk, for it to be fetched again, unless another process is about to.
 func (f *flight) discard(chunk int64, pend *pending, why error) {
 	s := f.blob.store
+	s.cache.counters.damaged.Add(1)
 	s.cache.options.Logger.Warn("cached chunk discarded; it is fetched again", "blob", s.digest, "chunk", chunk, "error", why)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -226,6 +227,7 @@ func (f *flight) divide() error {
 	}
 	f.first, f.end = runs[0].first, runs[0].end
 	f.demanded = min(max(f.demanded, f.first), f.end)
+	f.begun = true
 	return nil
 }
 
@@ -238,15 +240,18 @@ func (f *flight) leave(theirs []int64) {
 		if pend == nil || pend.flight != f {
 			continue
 		}
-		if pend.ahead {
+		if pend.ahead && !f.background {
 			s.drop(c, pend, errAbandoned)
 			continue
 		}
 		if w == nil {
 			w = f.blob.newFlight(c)
-			w.waits = true
+			w.waits, w.background = true, f.background
 		}
-		w.end, w.demanded = c+1, c+1
+		w.end = c + 1
+		if !f.background {
+			w.demanded = w.end
+		}
 		pend.flight = w
 	}
 	if w != nil {
@@ -278,15 +283,16 @@ func (f *flight) runs() []chunkRun {
 func (f *flight) spinOff(run chunkRun) {
 	s := f.blob.store
 	g := f.blob.newFlight(run.first)
-	g.looked = true
+	g.looked = !f.background // which may leave some of it to readers before it begins
+	g.background = f.background
 	g.end = run.end
 	g.demanded = min(max(f.demanded, run.first), run.end)
-	if g.demanded < g.end {
+	if g.demanded < g.end && !g.background {
 		g.ahead = s.cache.ahead.TryAcquire(1)
 	}
 	for c := run.first; c < run.end; c++ {
 		pend := s.inflight[c]
-		if c >= g.demanded && !g.ahead {
+		if c >= g.demanded && !g.ahead && !g.background {
 			s.drop(c, pend, errAbandoned)
 			continue
 		}
@@ -296,7 +302,7 @@ func (f *flight) spinOff(run chunkRun) {
 			g.locks = append(g.locks, c)
 		}
 	}
-	if !g.ahead {
+	if !g.ahead && !g.background {
 		g.end = g.demanded
 	}
 	if g.end > g.first {
@@ -324,7 +330,8 @@ func (f *flight) await() error {
 		if err := f.fromDisk(); err != nil {
 			return err
 		}
-		if late := time.Since(begin) > s.cache.options.Patience; free || late {
+		late := !f.background && time.Since(begin) > s.cache.options.Patience
+		if free || late {
 			f.takeOver(late)
 		}
 		if !f.owes() {
@@ -362,9 +369,13 @@ func (f *flight) takeOver(all bool) {
 func (f *flight) keep(chunk int64, pend *pending, data []byte) error {
 	s := f.blob.store
 	if s.disk.nowhere {
-		return errNoRoom
+		return ErrNoRoom
 	}
 	s.mu.Lock()
+	before := anyTime
+	if f.background && !pend.wanted {
+		before = s.cache.background.began()
+	}
 	err := s.lease(chunk / s.disk.perRegion)
 	if err == nil && pend.disputed {
 		err = errLocked
@@ -382,7 +393,7 @@ func (f *flight) keep(chunk int64, pend *pending, data []byte) error {
 		return err
 	}
 	n := int64(len(data))
-	if err := s.cache.space.take(n); err != nil {
+	if err := s.cache.space.take(n, before); err != nil {
 		return err
 	}
 	err = s.disk.put(chunk, data)

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"sync"
@@ -50,10 +51,13 @@ const (
 	longFor    = time.Minute
 )
 
-var (
-	errNoRoom = errors.New("the cache has no room beside what is in use")
-	errNobody = errors.New("another process holds the lock of the directory and does nothing")
-)
+// ErrNoRoom says that what was fetched cannot be kept: the cache or its disk is full of what is in use.
+var ErrNoRoom = errors.New("the cache has no room beside what is in use")
+
+var errNobody = errors.New("another process holds the lock of the directory and does nothing")
+
+// anyTime is when what may be evicted was used.
+const anyTime int64 = math.MaxInt64
 
 func newSpace(c *Cache) (*space, error) {
 	var st unix.Statfs_t
@@ -133,8 +137,9 @@ func (s *space) lockedWithin(ctx context.Context, limit time.Duration, f func() 
 	return f()
 }
 
-// take makes n bytes ours to write, or says why there is no room for them.
-func (s *space) take(n int64) error {
+// take makes n bytes ours to write, or says why there is no room for them. Only what was last used before a time, by
+// the cache's clock, is evicted for that.
+func (s *space) take(n, before int64) error {
 	s.taking.Lock()
 	defer s.taking.Unlock()
 	if s.left >= n {
@@ -142,16 +147,18 @@ func (s *space) take(n int64) error {
 		return nil
 	}
 	if time.Now().Before(s.refused) {
-		return errNoRoom
+		return ErrNoRoom
 	}
 	more := max(n, s.grant)
-	err := s.lockedWithin(s.c.ctx, grantPatience, func() error { return s.refill(more) })
+	err := s.lockedWithin(s.c.ctx, grantPatience, func() error { return s.refill(more, before) })
 	if errors.Is(err, errLocked) {
 		s.refused = time.Now().Add(longFor)
-		return fmt.Errorf("%w: %w", errNoRoom, errNobody)
+		return fmt.Errorf("%w: %w", ErrNoRoom, errNobody)
 	}
 	if err != nil {
-		s.refused = time.Now().Add(refusedFor)
+		if before == anyTime { // else there may be room for others
+			s.refused = time.Now().Add(refusedFor)
+		}
 		return err
 	}
 	s.left, s.writing = s.left+more-n, s.writing+n
@@ -169,7 +176,7 @@ func (s *space) wrote(n int64, kept bool) {
 }
 
 // refill grants n bytes, and makes room for them where there is none. The caller has the directory's lock.
-func (s *space) refill(n int64) error {
+func (s *space) refill(n, before int64) error {
 	used, ok := s.read()
 	if !ok || s.limit > 0 && used+n > s.limit {
 		if err := s.count(); err != nil {
@@ -183,7 +190,7 @@ func (s *space) refill(n int64) error {
 	}
 	if short > 0 {
 		// Some more than is needed, so that this is not done for each grant.
-		freed, err := s.c.evict(short+s.limit/64, false)
+		freed, err := s.c.evictUsed(short+s.limit/64, false, before)
 		if err != nil {
 			s.c.options.Logger.Warn("evict from the cache", "directory", s.c.dir.Name(), "error", err)
 		}
@@ -193,7 +200,7 @@ func (s *space) refill(n int64) error {
 		}
 	}
 	if short > 0 {
-		return errors.Join(errNoRoom, s.write(used))
+		return errors.Join(ErrNoRoom, s.write(used))
 	}
 	return s.write(used + n)
 }

@@ -63,28 +63,45 @@ type store struct {
 // A pending is one chunk in flight.
 type pending struct {
 	flight *flight       // that brings it
-	ahead  bool          // nobody had asked for it when it was claimed; flight and ahead are guarded by store.mu
+	ahead  bool          // nobody had asked for it when it was claimed; flight, ahead, wanted and cause are guarded by store.mu
+	wanted bool          // a reader has asked for it
+	cause  Cause         // for which it is fetched
 	done   chan struct{} // closed when the chunk is there or failed; what follows does not change after that
 	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
 	// is neither looked at again nor overwritten, and what is fetched goes to those who wait and nowhere else.
 	disputed bool
 	err      error
 	data     []byte // the chunk, where the disk could not keep it
+	unkept   error  // why it could not
+	failure  error  // why it was given up, which is no affair of those who read it
 }
 
 type counters struct {
-	fetches, fetchesAhead, bytesFetched, bytesAhead, bytesServed, hits, misses, chunksPresent atomic.Int64
+	fetches, fetchesAhead, fetchesPrefetch, bytesFetched, bytesAhead, bytesPrefetch, bytesServed, hits, misses, chunksPresent atomic.Int64
+}
+
+// bytesOf gives where bytes are counted that are fetched for this cause; those of demand are all others.
+func (c *counters) bytesOf(cause Cause) *atomic.Int64 {
+	switch cause {
+	case Readahead:
+		return &c.bytesAhead
+	case Prefetch:
+		return &c.bytesPrefetch
+	}
+	return nil
 }
 
 // Stats counts what the blobs of one digest did since the first of them was opened.
 type Stats struct {
-	Fetches      int64 // calls of Fetch
-	FetchesAhead int64 // those of them that nobody waited for when they began
-	BytesFetched int64 // read from bodies, dropped ones included
-	BytesAhead   int64 // those of them that nobody waited for when they were asked for
-	BytesServed  int64 // copied to readers by reads that succeeded
-	Hits         int64 // reads that found all they wanted present
-	Misses       int64 // reads that had to wait
+	Fetches         int64 // calls of Fetch
+	FetchesAhead    int64 // those of them that nobody waited for when they began, but for the next
+	FetchesPrefetch int64 // those of them that Prefetch wanted
+	BytesFetched    int64 // read from bodies, dropped ones included
+	BytesAhead      int64 // those of them that nobody waited for when they were asked for, but for the next
+	BytesPrefetch   int64 // those of them that Prefetch had asked for
+	BytesServed     int64 // copied to readers by reads that succeeded
+	Hits            int64 // reads that found all they wanted present
+	Misses          int64 // reads that had to wait
 
 	ChunksPresent, ChunksTotal int64
 }
@@ -268,6 +285,9 @@ func (s *store) readResident(p []byte, off int64) bool {
 
 // spoil makes chunks absent that cannot be read back.
 func (s *store) spoil(first, end int64, why error) {
+	if errors.Is(why, errDamaged) {
+		s.cache.counters.damaged.Add(1)
+	}
 	s.cache.options.Logger.Warn("cached chunks cannot be read; they are fetched again", "blob", s.digest, "error", why)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -314,15 +334,17 @@ func (s *store) readChecked(p []byte, off int64) error {
 
 func (s *store) stats() Stats {
 	return Stats{
-		Fetches:       s.counters.fetches.Load(),
-		FetchesAhead:  s.counters.fetchesAhead.Load(),
-		BytesFetched:  s.counters.bytesFetched.Load(),
-		BytesAhead:    s.counters.bytesAhead.Load(),
-		BytesServed:   s.counters.bytesServed.Load(),
-		Hits:          s.counters.hits.Load(),
-		Misses:        s.counters.misses.Load(),
-		ChunksPresent: s.counters.chunksPresent.Load(),
-		ChunksTotal:   s.chunks,
+		Fetches:         s.counters.fetches.Load(),
+		FetchesAhead:    s.counters.fetchesAhead.Load(),
+		FetchesPrefetch: s.counters.fetchesPrefetch.Load(),
+		BytesFetched:    s.counters.bytesFetched.Load(),
+		BytesPrefetch:   s.counters.bytesPrefetch.Load(),
+		BytesAhead:      s.counters.bytesAhead.Load(),
+		BytesServed:     s.counters.bytesServed.Load(),
+		Hits:            s.counters.hits.Load(),
+		Misses:          s.counters.misses.Load(),
+		ChunksPresent:   s.counters.chunksPresent.Load(),
+		ChunksTotal:     s.chunks,
 	}
 }
 

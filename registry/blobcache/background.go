@@ -1,0 +1,297 @@
+package blobcache
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+const (
+	// longestPause is for how long a flight of the background lets readers go first once its body is there. More would
+	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience.
+	longestPause = 2 * time.Second
+	// prefetchPiece is the most that a flight of the background asks for: a reader that comes to its last chunk waits
+	// for all of it.
+	prefetchPiece = 4 << 20
+	// smoothness is how many reads a second a body is read in that has a rate to keep.
+	smoothness = 32
+	// campaignGap is how long after one prefetch another belongs to the same campaign.
+	campaignGap = time.Minute
+)
+
+// A background says when flights may go on that bring what nobody waits for: never while somebody waits, in any blob
+// of the cache, for something else; so many at a time; and at a rate that all of them share. What a flight may do is
+// asked for before its fetch and before each read of its body.
+type background struct {
+	most  int   // flights
+	rate  int64 // bytes a second; 0: no limit
+	burst time.Duration
+
+	mu      sync.Mutex    // guards what follows; whoever has it takes no other
+	waiting int           // readers
+	flights int           // that have a slot
+	next    time.Time     // when the next byte may be read, by the rate
+	changed chan struct{} // closed when any of this gets better, or some flight is promoted; nil: nobody looks
+
+	prefetches int       // calls of Prefetch
+	over       time.Time // when the last one ended
+	since      int64     // when the campaign began, by the cache's clock
+}
+
+func newBackground(o Options) *background {
+	g := &background{most: o.MaxPrefetches, rate: o.PrefetchRate}
+	if g.rate > 0 {
+		g.burst = g.cost(min(g.rate, prefetchPiece))
+	}
+	return g
+}
+
+// cost is how long n bytes take at the rate.
+func (g *background) cost(n int64) time.Duration {
+	return time.Duration(float64(n) / float64(g.rate) * float64(time.Second))
+}
+
+// enter says that a reader begins to wait, and leave that it does so no more.
+func (g *background) enter() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.waiting++
+}
+
+func (g *background) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.waiting--; g.waiting == 0 {
+		g.tell()
+	}
+}
+
+// tell wakes all who look. The caller holds mu.
+func (g *background) tell() {
+	if g.changed != nil {
+		close(g.changed)
+		g.changed = nil
+	}
+}
+
+// wake is for who promotes a flight.
+func (g *background) wake() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.tell()
+}
+
+// watch gives a channel that is closed at the next change. Who asks for it before looking misses nothing.
+func (g *background) watch() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.changed == nil {
+		g.changed = make(chan struct{})
+	}
+	return g.changed
+}
+
+// tryBegin takes a slot if nobody waits.
+func (g *background) tryBegin() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.waiting > 0 || g.flights >= g.most {
+		return false
+	}
+	g.flights++
+	return true
+}
+
+// calm says that nobody waits.
+func (g *background) calm() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.waiting == 0
+}
+
+// begin waits for a slot, and for the end of all waits.
+func (g *background) begin(ctx, life context.Context) error {
+	for {
+		changed := g.watch()
+		switch {
+		case life.Err() != nil:
+			return errAbandoned
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case g.tryBegin():
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		case <-life.Done():
+		}
+	}
+}
+
+// end gives a slot back.
+func (g *background) end() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.flights--
+	g.tell()
+}
+
+// delay is how long the rate has a reader of bodies wait.
+func (g *background) delay() time.Duration {
+	if g.rate == 0 {
+		return 0
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return time.Until(g.next)
+}
+
+// spend counts n bytes that were read. What was not used before counts for one burst at most.
+func (g *background) spend(n int) {
+	if g.rate == 0 {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if earliest := time.Now().Add(-g.burst); g.next.Before(earliest) {
+		g.next = earliest
+	}
+	g.next = g.next.Add(g.cost(int64(n)))
+}
+
+// portion is how much of n bytes is read at once.
+func (g *background) portion(n int) int {
+	if g.rate == 0 {
+		return n
+	}
+	return min(n, int(min(max(g.rate/smoothness, 512), prefetchPiece)))
+}
+
+// piece is how many bytes a flight asks for at most: at a rate no more than take a second, since other processes wait
+// for what it has locked.
+func (g *background) piece() int64 {
+	if g.rate == 0 {
+		return prefetchPiece
+	}
+	return min(g.rate, prefetchPiece)
+}
+
+// join says that a prefetch begins, at a time by the cache's clock, and part that it is over. What is used from the
+// beginning of a campaign on, others do not evict for what they prefetch: or each would drive out what was brought a
+// moment ago.
+func (g *background) join(now int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.prefetches == 0 && time.Since(g.over) > campaignGap {
+		g.since = now
+		g.next = time.Now() // no credit for the time before
+	}
+	g.prefetches++
+}
+
+func (g *background) part() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.prefetches--
+	g.over = time.Now()
+}
+
+// began is when the campaign began.
+func (g *background) began() int64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.since
+}
+
+// mayBegin waits until f's fetch may begin. What of it readers come for meanwhile, they have fetched by themselves.
+func (f *flight) mayBegin() error {
+	g := f.blob.store.cache.background
+	if !f.slot {
+		if err := g.begin(f.blob.ctx, f.blob.ctx); err != nil {
+			return err
+		}
+		f.slot = true
+		return nil
+	}
+	for {
+		changed := g.watch()
+		if f.blob.ctx.Err() != nil {
+			return f.blob.ctx.Err()
+		}
+		if g.calm() {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-f.blob.ctx.Done():
+		}
+	}
+}
+
+// mayRead waits until f may read on in its body: while somebody waits for what f is to bring, at once, and then the
+// bytes are not of the background any more.
+func (f *flight) mayRead() (promoted bool, err error) {
+	g := f.blob.store.cache.background
+	if g.calm() && g.delay() <= 0 {
+		return false, nil
+	}
+	f.paused.Store(true)
+	defer func() {
+		f.heard.Store(time.Now().UnixNano()) // the silence was ours
+		f.paused.Store(false)
+	}()
+	for {
+		changed := g.watch()
+		if err := f.blob.ctx.Err(); err != nil {
+			return false, err
+		}
+		if f.promoted() {
+			return true, nil
+		}
+		wait := g.delay()
+		calm := g.calm()
+		if !calm && f.rested < longestPause {
+			wait = max(wait, longestPause-f.rested)
+		}
+		if wait <= 0 {
+			return false, nil
+		}
+		began := time.Now()
+		f.sleep(wait, changed)
+		if !calm {
+			f.rested += time.Since(began)
+		}
+	}
+}
+
+// sleep waits for a time, a change, or the end.
+func (f *flight) sleep(d time.Duration, changed <-chan struct{}) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-changed:
+	case <-f.blob.ctx.Done():
+	}
+}
+
+// promoted says whether a reader waits for what f is to bring.
+func (f *flight) promoted() bool {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, pend := range s.inflight {
+		if pend.flight == f && pend.wanted {
+			return true
+		}
+	}
+	return false
+}
+
+// readers is how many wait.
+func (g *background) readers() int64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return int64(g.waiting)
+}

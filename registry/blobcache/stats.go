@@ -1,0 +1,43 @@
+package blobcache
+
+import "sync/atomic"
+
+// cacheCounters are those of all blobs.
+type cacheCounters struct {
+	inFlight, evictions, evictedBytes, refused, damaged atomic.Int64
+}
+
+// CacheStats says what the whole cache does, and did since it was opened by this process.
+type CacheStats struct {
+	// Bytes is how much the directory takes for all processes, and up to some MiB too many for each of them, since they
+	// take room in advance. -1: nobody knows just now.
+	Bytes int64
+	Limit int64 // for Bytes; 0: none
+
+	Evictions    int64 // regions that were evicted, by this process
+	EvictedBytes int64 // chunks that were in them
+
+	InFlight int64 // fetches under way, whatever for
+	Waiting  int64 // reads that wait
+
+	Refused int64 // chunks, fetched or from the disk, that a Verify hook did not let in
+	Damaged int64 // times that chunks on disk were not what had been written
+}
+
+// Stats of the cache.
+func (c *Cache) Stats() CacheStats {
+	used, ok := c.space.read()
+	if !ok {
+		used = -1 // it is just being written, or must be counted anew
+	}
+	return CacheStats{
+		Bytes:        used,
+		Limit:        c.space.limit,
+		Evictions:    c.counters.evictions.Load(),
+		EvictedBytes: c.counters.evictedBytes.Load(),
+		InFlight:     c.counters.inFlight.Load(),
+		Waiting:      c.background.readers(),
+		Refused:      c.counters.refused.Load(),
+		Damaged:      c.counters.damaged.Load(),
+	}
+}
