@@ -42,8 +42,10 @@ func (m *Mounted) Unmount(ctx context.Context) error {
 
 // listed is what list --json says of a mount.
 type listed struct {
-	Dir      string    `json:"dir"`
-	Prefetch *prefetch `json:"prefetch"`
+	Dir    string `json:"dir"`
+	Status struct {
+		Prefetch *prefetch `json:"prefetch"`
+	} `json:"status"`
 }
 
 type prefetch struct {
@@ -84,8 +86,8 @@ func (m *Mounted) prefetch(ctx context.Context) (prefetch, error) {
 		return prefetch{}, fmt.Errorf("list --json: %w", err)
 	}
 	for _, l := range all {
-		if l.Dir == m.Dir && l.Prefetch != nil {
-			return *l.Prefetch, nil
+		if l.Dir == m.Dir && l.Status.Prefetch != nil {
+			return *l.Status.Prefetch, nil
 		}
 	}
 	return prefetch{}, fmt.Errorf("list --json: no mount on %s that fetches in the background: %s", m.Dir, text)
