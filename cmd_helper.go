@@ -40,7 +40,7 @@ func (p *program) helperCommand() *cli.Command {
 			"The options of mount(8) may be given, and these flags of erofs-oci mount, with or without\n" +
 			"underscores: backend, platform, layer, blob, authfile, plain_http, cache_dir, cache_size,\n" +
 			"cache_min_free, paranoid, on_error, overlay, tmpfs_overlay, nbd_connections, supervise, device, memory, tls_ca,\n" +
-			"tls_verify, max_conns_per_host. A password is no option: log in with podman login or docker login.",
+			"tls_verify, max_conns_per_host, prefetch, prefetch_rate, prefetch_budget. A password is no option: log in with podman login or docker login.",
 		HideHelpCommand: true,
 		Subcommands: []*cli.Command{
 			command("install", "make the link", installHelper),

@@ -39,7 +39,7 @@ func (p *program) mountCommand() *cli.Command {
 			recordFlag(),
 			&cli.BoolFlag{Name: "supervise", Usage: "with nbd: start another server when this one dies; readers wait meanwhile"},
 			metricsFlag(),
-		}, imageFlags()...),
+		}, append(imageFlags(), prefetchFlags()...)...),
 		Action: p.mount,
 	}
 }
@@ -211,6 +211,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
+	src.startPrefetch(m.source.prefetch, log.Logger)
 	if err := src.checkDevices(ctx); err != nil {
 		return err
 	}

@@ -216,6 +216,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	s.keep = keptOptions(rec.Access)
 	metering.measure(s)
 	s.record, s.resume = rec.Access.Record, true
+	s.prefetch = recordedPrefetch(rec.Access, log.Logger)
 	if err := s.secure(rec.Access.TLSCA, !rec.Access.SkipTLSVerify); err != nil {
 		return nil, nil, err
 	}
@@ -233,6 +234,7 @@ func (p *program) openRecorded(ctx context.Context, rec backend.Record, password
 	if err := p.openBlobs(ctx, o, ref, s, log.Logger); err != nil {
 		return nil, nil, errors.Join(err, o.Close())
 	}
+	o.startPrefetch(s.prefetch, log.Logger)
 	return o, devices, nil
 }
 

@@ -41,7 +41,7 @@ func (p *program) serveCommand() *cli.Command {
 			recordFlag(),
 			&cli.BoolFlag{Name: "public", Usage: "let everybody who reaches the address read the image"},
 			metricsFlag(),
-		}, sourceFlags()...),
+		}, append(sourceFlags(), prefetchFlags()...)...),
 		Action: p.serve,
 	}
 }
@@ -100,6 +100,7 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
+	src.startPrefetch(s.source.prefetch, log.Logger)
 	server, err := nbdserve.NewServer(
 		nbdserve.Export{Description: fmt.Sprintf("%s %s", src.ref, src.id), Source: src.volume().Primary},
 		nbdserve.Options{TLS: s.tls, Log: log.Logger})

@@ -161,7 +161,7 @@ func helperKeys() map[string]bool {
 		"cache-size": true, "cache-min-free": true, "paranoid": false,
 		"backend": true, "platform": true, "layer": true, "blob": true, "authfile": true, "cache-dir": true,
 		"on-error": true, "overlay": true, "nbd-connections": true, "device": true, "memory": true,
-		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true, "verify": true, "metrics": true, "record": true,
+		"tls-ca": true, "tls-verify": true, "max-conns-per-host": true, "verify": true, "metrics": true, "record": true, "prefetch": true, "prefetch-rate": true, "prefetch-budget": true,
 		"plain-http": false, "tmpfs-overlay": false, "supervise": false, "offline": false,
 	}
 }

@@ -58,6 +58,7 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if err != nil {
 		return err
 	}
+	keep.PrefetchRate = s.prefetch.bytesPerSecond
 	if s.offline {
 		keep.Readahead = -1
 	}

@@ -67,9 +67,10 @@ type layerBytes interface {
 type layerSource struct {
 	digest string // of the layer's blob
 	bytes  layerBytes
-	cached *blobcache.Blob // the same, where it is in the cache
-	size   int64           // of what may be read: nothing vouches for what is behind it
-	treeAt int64           // where in the image a dm-verity tree begins; 0 without one
+	cached *blobcache.Blob                 // the same, where it is in the cache
+	size   int64                           // of what may be read: nothing vouches for what is behind it
+	treeAt int64                           // where in the image a dm-verity tree begins; 0 without one
+	again  func() (*blobcache.Blob, error) // opens it once more, for who guesses nothing and is told nothing
 	by     string
 	log    *slog.Logger
 	image  *chunked.Image  // nil: as it is in the blob
@@ -301,6 +302,10 @@ func (o *layerOpener) keep(s *layerSource, f blobcache.Fetcher, size int64, opti
 		return err
 	}
 	s.bytes, s.cached, s.size = b, b, size
+	s.again = func() (*blobcache.Blob, error) {
+		options.NoReadahead, options.OnComplete = true, nil
+		return o.cache.Open(s.digest, size, f, options)
+	}
 	return nil
 }
 

@@ -79,6 +79,7 @@ type sourceOptions struct {
 	meter    *meter // counts; nil where nobody looks
 	record   string // the file of a profile; "": nothing is recorded
 	resume   bool   // goes on with what is in that file
+	prefetch prefetchOptions
 	// creds says that name and password come in one line.
 	creds bool
 	// offline: the registry is asked for nothing.
@@ -93,6 +94,7 @@ func (s *sourceOptions) access() backend.Access {
 		PlainHTTP: s.client.PlainHTTP, Username: s.client.Username, AuthFile: s.client.AuthFile,
 		OnError: s.onError, CacheDir: s.cacheDir, TLSCA: s.tlsCA, SkipTLSVerify: s.client.SkipTLSVerify,
 		MaxConnsPerHost: s.client.MaxConnsPerHost, Verify: s.verify, Metrics: s.metrics, Offline: s.offline, Record: s.record,
+		Prefetch: s.prefetch.mode, PrefetchRate: s.prefetch.rate, PrefetchBudget: s.prefetch.budget,
 	}
 }
 
@@ -182,6 +184,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if s.record, err = recordOption(c); err != nil {
 		return err
 	}
+	if s.prefetch, err = readPrefetchOptions(c); err != nil {
+		return err
+	}
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
@@ -244,6 +249,7 @@ type opened struct {
 	wrong chan error
 	// recording is nil where nothing is recorded.
 	recording *recording
+	prefetch  *prefetcher // nil: nothing is fetched in the background
 
 	files   []*backend.File      // the image and its devices
 	primary backend.Source       // the image in the first of them
@@ -459,6 +465,7 @@ func (o *opened) explain(err error) error {
 
 // Close ends everything that open began, in the order of use.
 func (o *opened) Close() error {
+	o.prefetch.Close()
 	errs := []error{o.recording.Close()}
 	for _, l := range o.layers {
 		if l.blob != nil {

@@ -22,7 +22,7 @@ func (o *opened) unsure() bool {
 
 // status is what list asks for.
 func (o *opened) status() backend.MountStatus {
-	st := backend.MountStatus{Layers: []backend.LayerStatus{}}
+	st := backend.MountStatus{Layers: []backend.LayerStatus{}, Prefetch: o.prefetch.Status()}
 	for _, l := range o.layers {
 		st.Layers = append(st.Layers, l.blob.status())
 	}

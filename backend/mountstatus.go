@@ -17,8 +17,28 @@ import (
 type MountStatus struct {
 	Layers []LayerStatus `json:"layers"`
 	// Metrics are what the server counts, in the text format of Prometheus. "" from a version that counts nothing.
-	Metrics string `json:"metrics,omitempty"`
+	Metrics  string          `json:"metrics,omitempty"`
+	Prefetch *PrefetchStatus `json:"prefetch,omitempty"` // nil: nothing was to be fetched in the background
 }
+
+// PrefetchStatus is how far the fetching in the background is.
+type PrefetchStatus struct {
+	Mode    string        `json:"mode"` // as --prefetch has it
+	State   PrefetchState `json:"state"`
+	Wanted  int64         `json:"wanted"`          // bytes, as far as that is known
+	Fetched int64         `json:"fetched"`         // those of them that are here
+	Error   string        `json:"error,omitempty"` // why it waits, or was stopped
+}
+
+// PrefetchState says what the fetching in the background does.
+type PrefetchState string
+
+const (
+	PrefetchRunning PrefetchState = "running"
+	PrefetchWaiting PrefetchState = "waiting" // something went wrong, and is tried again later
+	PrefetchDone    PrefetchState = "done"
+	PrefetchStopped PrefetchState = "stopped" // there is more, and it will not be fetched
+)
 
 // LayerStatus is that of one layer's image.
 type LayerStatus struct {

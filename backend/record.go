@@ -83,6 +83,10 @@ type Access struct {
 	Offline         bool   `json:"offline,omitempty"`            // nothing is fetched
 
 	Record string `json:"record,omitempty"` // the file of the profile that is recorded
+
+	Prefetch       string `json:"prefetch,omitempty"` // these three as they were given; a profile with its whole path
+	PrefetchRate   string `json:"prefetch_rate,omitempty"`
+	PrefetchBudget string `json:"prefetch_budget,omitempty"`
 }
 
 // State says how a recorded mount is.

@@ -78,6 +78,11 @@
 // Everything else is ErrUnsupported and named: feature bits, algorithms,
 // layouts and configurations that are not above.
 //
+// # Metadata beforehand
+//
+// For a source that is far away LoadMetadata finds out what listing the image will read, and
+// has it brought near in few requests.
+//
 // # Hostile images
 //
 // Nothing that an image says is believed. Sizes are bounded before anything is

@@ -31,6 +31,7 @@ func probe(t testing.TB, data []byte, entries int, bytes int64) (errs int) {
 	if p.check(err) {
 		p.visit(im.Root())
 	}
+	probeMetadata(t, data)
 	return p.errs
 }
 

@@ -1,6 +1,7 @@
 package fakeregistry
 
 import (
+	"net"
 	"sync"
 	"time"
 )
@@ -33,4 +34,21 @@ func (l *link) take(now time.Time, n int) time.Duration {
 	}
 	l.free = l.free.Add(time.Duration(float64(n) / float64(l.bytesPerSecond) * float64(time.Second)))
 	return max(l.free.Sub(now), 0)
+}
+
+// linkBuffer is what a connection takes that its other end does not read.
+const linkBuffer = 8 << 10
+
+// narrow has a new connection take as little as one of a slow link would. A kernel's own buffers are for megabytes: all
+// that is sent would be through at once, and whoever stops reading would stop nothing.
+func (l *link) narrow(c net.Conn) {
+	if l.bytesPerSecond <= 0 {
+		return
+	}
+	if over, ok := c.(interface{ NetConn() net.Conn }); ok {
+		c = over.NetConn()
+	}
+	if tcp, ok := c.(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(linkBuffer) // else it is as it was
+	}
 }

@@ -76,6 +76,7 @@ func (r *Registry) countConn(c net.Conn, state http.ConnState) {
 		}
 		r.conns[c] = struct{}{}
 		r.most = max(r.most, len(r.conns))
+		r.link.narrow(c)
 	case http.StateClosed, http.StateHijacked:
 		delete(r.conns, c)
 	}

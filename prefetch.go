@@ -1,0 +1,266 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/registry/profile"
+)
+
+// What --prefetch says, but for the path of a profile.
+const (
+	prefetchNone = "none"
+	prefetchMeta = "meta" // all that listing needs
+	prefetchAll  = "all"
+)
+
+func prefetchFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "prefetch", Value: prefetchNone, Usage: "fetch in the background, behind what is read: `meta` (what listing needs), all, or what the profile in a FILE says (a file with a name of these: ./all); or none"},
+		&cli.StringFlag{Name: "prefetch-rate", Usage: "fetch at most `SIZE` a second in the background", DefaultText: "no limit"},
+		&cli.StringFlag{Name: "prefetch-budget", Usage: "fetch at most `SIZE` in the background", DefaultText: "no limit"},
+	}
+}
+
+// prefetchOptions say what is fetched in the background. The zero value fetches nothing.
+type prefetchOptions struct {
+	mode         string // as it was given, "" for none; of a profile the absolute path
+	rate, budget string // as they were given
+
+	bytesPerSecond, bytes int64            // 0: no limit
+	profile               *profile.Profile // of a mode that is a path
+}
+
+func (o *prefetchOptions) wanted() bool { return o.mode != "" }
+
+// readPrefetchOptions checks the flags of a command that has the prefetchFlags. A profile is read now: what is wrong with
+// it is said before anything is mounted.
+func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
+	// --offline, where a command has it, belongs here: nothing can be fetched then.
+	o = prefetchOptions{mode: c.String("prefetch"), rate: c.String("prefetch-rate"), budget: c.String("prefetch-budget")}
+	switch {
+	case c.IsSet("prefetch") && o.mode == "":
+		return o, usagef("--prefetch needs none, meta, all or the path of a profile")
+	case o.mode == prefetchNone:
+		o.mode = ""
+	}
+	if !o.wanted() && (o.rate != "" || o.budget != "") {
+		return o, usagef("--prefetch-rate and --prefetch-budget go with --prefetch=meta, all or a profile")
+	}
+	if o.isFile() {
+		// A server in the background has another working directory.
+		if o.mode, err = filepath.Abs(o.mode); err != nil {
+			return o, err
+		}
+	}
+	return o, o.resolve()
+}
+
+// recordedPrefetch are the options of a mount that is taken over. Without its profile it goes on, too.
+func recordedPrefetch(a backend.Access, log *slog.Logger) prefetchOptions {
+	o := prefetchOptions{mode: a.Prefetch, rate: a.PrefetchRate, budget: a.PrefetchBudget}
+	if err := o.resolve(); err != nil {
+		log.Warn("nothing is fetched in the background", "err", err)
+		return prefetchOptions{}
+	}
+	return o
+}
+
+func (o *prefetchOptions) isFile() bool {
+	return o.wanted() && o.mode != prefetchMeta && o.mode != prefetchAll
+}
+
+// resolve reads what the options name.
+func (o *prefetchOptions) resolve() (err error) {
+	for _, limit := range []struct {
+		flag, given string
+		n           *int64
+	}{{"prefetch-rate", o.rate, &o.bytesPerSecond}, {"prefetch-budget", o.budget, &o.bytes}} {
+		if limit.given == "" {
+			continue
+		}
+		if *limit.n, err = parseSize(limit.flag, limit.given); err != nil {
+			return err
+		}
+		if *limit.n == 0 {
+			return usagef("--%s 0: want more, or leave it out for no limit", limit.flag)
+		}
+	}
+	if o.isFile() {
+		if o.profile, err = profile.ReadFile(o.mode); err != nil {
+			return fmt.Errorf("--prefetch: %w", err)
+		}
+	}
+	return nil
+}
+
+// How long it takes before what could not be fetched is tried again: longer each time, as long as nothing comes.
+const (
+	firstPrefetchPause = time.Second
+	lastPrefetchPause  = 5 * time.Minute
+)
+
+// A prefetcher fetches in the background what was asked for, from when the layers are open until Close. Whatever happens
+// to it, reads do not notice: what it needs goes behind them, and what it cannot have they will ask for.
+//
+// It has a plan, which it carries out from the beginning whenever something went wrong on the way: what is here by then
+// costs nothing.
+type prefetcher struct {
+	layers []*layerSource // those that are read through the cache
+	cache  *blobcache.Cache
+	how    prefetchOptions
+	log    *slog.Logger
+
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+
+	mu      sync.Mutex // guards what follows
+	status  backend.PrefetchStatus
+	spent   int64 // bytes that were not here before, in all
+	aside   error // why something was left out for the next time
+	unlucky bool  // trouble was logged, and nothing came since
+}
+
+// startPrefetch begins to fetch what how says. Close of o ends it.
+func (o *opened) startPrefetch(how prefetchOptions, log *slog.Logger) {
+	if !how.wanted() || len(o.layers) == 0 {
+		return
+	}
+	p := &prefetcher{cache: o.cache, how: how, log: log}
+	for _, l := range o.layers {
+		if l.blob.cached != nil && l.blob.size > 0 { // else it was fetched whole
+			p.layers = append(p.layers, l.blob)
+		}
+	}
+	p.compare(o.layers)
+	p.status = backend.PrefetchStatus{Mode: how.mode, State: backend.PrefetchRunning}
+	var ctx context.Context
+	ctx, p.cancel = context.WithCancel(context.Background())
+	o.prefetch = p
+	p.done.Go(func() { p.run(ctx) })
+}
+
+// Close ends the fetching and waits for its end.
+func (p *prefetcher) Close() {
+	if p != nil {
+		p.cancel()
+		p.done.Wait()
+	}
+}
+
+// Status is what list shows.
+func (p *prefetcher) Status() *backend.PrefetchStatus {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.status
+	return &st
+}
+
+// A stopError ends the fetching for good.
+type stopError struct{ err error }
+
+func (e *stopError) Error() string { return e.err.Error() }
+func (e *stopError) Unwrap() error { return e.err }
+
+func stopf(format string, args ...any) error { return &stopError{fmt.Errorf(format, args...)} }
+
+// run carries the plan out until nothing is left of it.
+func (p *prefetcher) run(ctx context.Context) {
+	pause := firstPrefetchPause
+	for {
+		p.begin()
+		err := p.plan(ctx)
+		var stop *stopError
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			p.end(backend.PrefetchDone, nil)
+			return
+		case errors.As(err, &stop), errors.Is(err, blobcache.ErrNoRoom):
+			level := slog.LevelWarn
+			if errors.Is(err, errBudget) {
+				level = slog.LevelInfo
+			}
+			p.log.Log(ctx, level, "no more is fetched in the background", "prefetch", p.how.mode, "err", err)
+			p.end(backend.PrefetchStopped, err)
+			return
+		}
+		if p.trouble(err) {
+			pause = firstPrefetchPause
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return
+		}
+		pause = min(2*pause, lastPrefetchPause)
+	}
+}
+
+// begin counts from nothing.
+func (p *prefetcher) begin() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.State, p.status.Wanted, p.status.Fetched = backend.PrefetchRunning, 0, 0
+	p.aside = nil
+}
+
+func (p *prefetcher) end(state backend.PrefetchState, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.State, p.status.Error = state, ""
+	if err != nil {
+		p.status.Error = oneLine(err)
+	}
+}
+
+// trouble says why the plan waits, in the log once until something comes again. It says whether something came.
+func (p *prefetcher) trouble(err error) (came bool) {
+	p.end(backend.PrefetchWaiting, err)
+	p.mu.Lock()
+	came = !p.unlucky
+	p.unlucky = true
+	p.mu.Unlock()
+	if came {
+		p.log.Warn("what could not be fetched in the background is tried again later", "prefetch", p.how.mode, "err", err)
+	}
+	return came
+}
+
+// want counts what is to be fetched.
+func (p *prefetcher) want(n int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.Wanted += n
+}
+
+// plan is what is to be fetched. It goes on past what turned out to be wrong, and says so at the end.
+func (p *prefetcher) plan(ctx context.Context) (err error) {
+	switch {
+	case p.how.profile != nil:
+		err = p.replay(ctx)
+	case p.how.mode == prefetchMeta:
+		err = p.metadata(ctx)
+	default:
+		err = p.everything(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.aside
+}

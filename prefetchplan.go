@@ -1,0 +1,341 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/erofs-oci/erofs-oci/erofsfmt"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/registry/profile"
+)
+
+const (
+	// prefetchPiece is what is asked for at a time: what the cache gets with one request for this.
+	prefetchPiece = 4 << 20
+	// prefetchAtOnce is how many pieces are asked for at a time. It is as many as the cache fetches: with more, those that
+	// come later might be first.
+	prefetchAtOnce = 2
+	// metadataAtOnce is of how many layers the metadata is looked for side by side: it is round trips that cost time there.
+	metadataAtOnce = 4
+)
+
+// A piece is bytes of a layer's image.
+type piece struct {
+	layer  *layerSource
+	off, n int64
+}
+
+// cutPieces cuts a range where a request of the cache would end.
+func cutPieces(pieces []piece, l *layerSource, off, n int64) []piece {
+	for n > 0 {
+		step := min(n, prefetchPiece)
+		pieces = append(pieces, piece{l, off, step})
+		off, n = off+step, n-step
+	}
+	return pieces
+}
+
+// everything is the plan for all: metadata, which makes names known, then each layer from the front.
+func (p *prefetcher) everything(ctx context.Context) error {
+	var total int64
+	for _, l := range p.layers {
+		total += l.size
+	}
+	if limit := p.cache.Stats().Limit; limit > 0 && total > limit && (p.how.bytes == 0 || p.how.bytes > limit) {
+		return stopf("the layers have %d bytes, and the cache may have %d (--cache-size): all of them would not stay", total, limit)
+	}
+	if err := p.metadata(ctx); err != nil {
+		return err
+	}
+	var pieces []piece
+	for _, l := range p.layers {
+		pieces = cutPieces(pieces, l, 0, l.size)
+	}
+	p.recount(total)
+	if err := p.bring(ctx, pieces); err != nil {
+		return err
+	}
+	return p.checkKept(total)
+}
+
+// recount begins to count anew what is wanted.
+func (p *prefetcher) recount(n int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.Wanted, p.status.Fetched = n, 0
+}
+
+// checkKept finds out whether what came first is still here: a cache that is too small lets it go for what came last, and
+// to begin anew would never end.
+func (p *prefetcher) checkKept(total int64) error {
+	p.mu.Lock()
+	aside := p.aside
+	p.mu.Unlock()
+	var here int64
+	for _, l := range p.layers {
+		here += l.size - l.absent(0, l.size)
+	}
+	if aside != nil || here == total {
+		return nil
+	}
+	return stopf("%d of %d bytes are here, and the cache did not keep the others (--cache-size, --cache-min-free)", here, total)
+}
+
+// compare says once of which blobs the profile and the image do not both know.
+func (p *prefetcher) compare(layers []openedLayer) {
+	if p.how.profile == nil {
+		return
+	}
+	known := map[string]bool{}
+	for _, l := range layers {
+		known[l.blob.digest] = true
+		if _, ok := p.how.profile.Blob(l.blob.digest); !ok {
+			p.log.Debug("the profile does not know a layer", "profile", p.how.mode, "blob", l.blob.digest)
+		}
+	}
+	var others []string
+	for _, b := range p.how.profile.Blobs {
+		if !known[b.Digest] {
+			others = append(others, b.Digest)
+		}
+	}
+	if len(others) > 0 {
+		p.log.Warn("the profile has blobs that are not of this image; they are left out", "profile", p.how.mode, "count", len(others), "first", others[0])
+	}
+}
+
+// replay is the plan for a profile: its reads, in order.
+func (p *prefetcher) replay(ctx context.Context) error {
+	layers := map[string]*layerSource{}
+	for _, l := range p.layers {
+		layers[l.digest] = l
+		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != l.size {
+			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, l.size)
+		}
+	}
+	var pieces []piece
+	unit := func(digest string) int64 {
+		if l := layers[digest]; l != nil {
+			return l.cached.Unit()
+		}
+		return 0
+	}
+	reads := p.how.profile.Reads(p.how.bytes, unit)
+	for _, r := range reads {
+		l := layers[r.Digest]
+		if last := len(pieces) - 1; last >= 0 && pieces[last].layer == l && pieces[last].off+pieces[last].n == r.Off && pieces[last].n+r.Len <= prefetchPiece {
+			pieces[last].n += r.Len
+		} else {
+			pieces = cutPieces(pieces, l, r.Off, r.Len)
+		}
+		p.want(r.Len)
+	}
+	if err := p.bring(ctx, pieces); err != nil {
+		return err
+	}
+	if all := p.how.profile.Reads(0, unit); bytesOf(all) > bytesOf(reads) {
+		return p.overBudget()
+	}
+	return nil
+}
+
+// bytesOf are those of reads.
+func bytesOf(reads []profile.Range) (n int64) {
+	for _, r := range reads {
+		n += r.Len
+	}
+	return n
+}
+
+// metadata is the plan for the metadata of each layer.
+func (p *prefetcher) metadata(ctx context.Context) error {
+	var all errgroup.Group
+	all.SetLimit(metadataAtOnce)
+	for _, l := range p.layers {
+		all.Go(func() error { return p.metadataOf(ctx, l) })
+	}
+	return all.Wait()
+}
+
+// metadataOf fetches the metadata of a layer. What cannot be made sense of as an image is left to the mount.
+func (p *prefetcher) metadataOf(ctx context.Context, l *layerSource) (err error) {
+	// What the walk reads is no hint of what will be read next.
+	quiet, err := l.again()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, quiet.Close()) }()
+	src := &walkedLayer{layer: l, blob: quiet}
+	stats, err := erofsfmt.LoadMetadata(ctx, src, erofsfmt.MetadataOptions{Unit: l.cached.Unit()},
+		func(ctx context.Context, ranges []erofsfmt.Range) error {
+			var pieces []piece
+			for _, r := range ranges {
+				p.want(r.Len)
+				pieces = cutPieces(pieces, l, r.Off, r.Len)
+			}
+			return p.bringAll(ctx, pieces, func(bad piece) { src.bad = append(src.bad, bad) })
+		})
+	p.log.Debug("metadata", "blob", l.digest, "requests", stats.Rounds, "bytes", stats.Bytes, "directories", stats.Dirs,
+		"entries", stats.Entries, "faults", stats.Faults, "unread", stats.Unread, "stopped", stats.Stopped, "err", err)
+	var format *erofsfmt.FormatError
+	switch {
+	case errors.As(err, &format):
+		return nil
+	case err != nil:
+		return err
+	case stats.Err != nil:
+		p.setAside(stats.Err)
+	}
+	return nil
+}
+
+// A walkedLayer is a layer for who looks for its metadata: reads of it are not a user's.
+type walkedLayer struct {
+	layer *layerSource
+	blob  *blobcache.Blob
+	bad   []piece // what could not be had
+}
+
+var errSetAside = errors.New("what was fetched of it is wrong")
+
+// Size is an erofsfmt.ReaderAt's.
+func (w *walkedLayer) Size() int64 { return w.layer.size }
+
+// ReadAt is an erofsfmt.ReaderAt's. What is read was fetched.
+func (w *walkedLayer) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if slices.ContainsFunc(w.bad, func(b piece) bool { return off < b.off+b.n && b.off < off+int64(len(p)) }) {
+		return fmt.Errorf("%d bytes at %d: %w", len(p), off, errSetAside)
+	}
+	if wrong := w.layer.wrong.Load(); wrong != nil {
+		return wrong
+	}
+	if w.blob.ReadResident(p, off) {
+		return nil
+	}
+	// It is on disk, and was not looked at yet; or it has gone since.
+	if err := w.blob.Prefetch(ctx, off, int64(len(p))); err != nil {
+		return err
+	}
+	return w.blob.ReadAt(ctx, p, off)
+}
+
+// absent is how much of a range is not on disk.
+func (s *layerSource) absent(off, n int64) (absent int64) {
+	for end := off + n; off < end; {
+		present, next := s.Present(off)
+		next = min(next, end)
+		if !present {
+			absent += next - off
+		}
+		off = next
+	}
+	return absent
+}
+
+// bring has pieces fetched, in order, several at a time.
+func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
+	return p.bringAll(ctx, pieces, func(piece) {})
+}
+
+// bringAll is bring for who wants to know what turned out to be wrong. That is left out, for the next time; any other
+// error ends it.
+func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(prefetchAtOnce)
+	for _, next := range pieces {
+		if ctx.Err() != nil {
+			break
+		}
+		group.Go(func() error {
+			err := p.bringPiece(ctx, next)
+			if !isRefused(err) {
+				return err
+			}
+			p.setAside(err)
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			bad(next)
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// bringPiece has a piece fetched, as far as the budget goes.
+func (p *prefetcher) bringPiece(ctx context.Context, next piece) error {
+	if wrong := next.layer.wrong.Load(); wrong != nil {
+		return &stopError{wrong}
+	}
+	fits, cost := p.spend(next)
+	if fits.n > 0 {
+		if err := next.layer.cached.Prefetch(ctx, fits.off, fits.n); err != nil {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.spent -= cost
+			return err
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.status.Fetched += fits.n
+	if cost > 0 {
+		p.unlucky = false
+	}
+	if fits.n < next.n {
+		return p.overBudget()
+	}
+	return nil
+}
+
+// errBudget is what was wanted so.
+var errBudget = errors.New("the budget is used up (--prefetch-budget)")
+
+// overBudget is why no more is fetched.
+func (p *prefetcher) overBudget() error { return stopf("%d bytes: %w", p.how.bytes, errBudget) }
+
+// spend takes from the budget what is to be fetched of a piece, and says how much of the piece that is for. The budget of
+// a profile is for its reads, whether they are here or not.
+func (p *prefetcher) spend(next piece) (fits piece, cost int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	left := p.how.bytes - p.spent
+	if p.how.bytes == 0 || p.how.profile != nil {
+		left = next.n
+	}
+	fits = next
+	for end := next.off + next.n; ; {
+		cost = next.layer.absent(next.off, fits.n)
+		if cost <= left {
+			break
+		}
+		// What it is over was at the end, or more than that was.
+		end -= cost - left
+		fits.n = max(end-end%next.layer.cached.Unit()-next.off, 0)
+	}
+	p.spent += cost
+	return fits, cost
+}
+
+// setAside notes that something was left out, and why.
+func (p *prefetcher) setAside(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.aside == nil {
+		p.aside = err
+	}
+}
+
+// isRefused says of an error that bytes came and were wrong. Only what judges bytes can tell whether others may be
+// right; errors of networks have a method Temporary, too, but never without Timeout.
+func isRefused(err error) bool {
+	var judge interface{ Temporary() bool }
+	if !errors.As(err, &judge) {
+		return false
+	}
+	_, network := judge.(interface{ Timeout() bool })
+	return !network
+}

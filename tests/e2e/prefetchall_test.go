@@ -1,0 +1,328 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry/profile"
+	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
+	"github.com/erofs-oci/erofs-oci/tests/verifiable"
+)
+
+// showsEverything fails the test unless every file of a servedImage is right.
+func showsEverything(t *testing.T, dir string) {
+	t.Helper()
+	showsAll(t, dir)
+	for i := range 2000 {
+		name := fmt.Sprintf("small/%d/%d", i%20, i)
+		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !bytes.Equal(got, content(name, 16<<10)) {
+			t.Fatalf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+}
+
+// TestPrefetchAll: after --prefetch=all no registry is needed, every byte has come once, and the whole is verified, as
+// when somebody had read it.
+func TestPrefetchAll(t *testing.T) {
+	for _, name := range []string{backend.FUSE, backend.FILE} {
+		t.Run(name, func(t *testing.T) {
+			im, other := served(t)
+			_, size := other.layer(im.ref)
+			im.ResetStats()
+			s := newSession(t) // which has nothing of it
+			dir := s.mount(im.ref, "--backend="+name, "--prefetch=all")
+			st := s.prefetched(dir, backend.PrefetchDone)
+			if st.Wanted != size || st.Fetched != size || st.Mode != "all" || st.Error != "" {
+				t.Errorf("%+v of %d bytes", st, size)
+			}
+			stats := im.Stats()
+			t.Logf("%d GETs of %d bytes", stats.BlobGETs, stats.BlobBytes)
+			if stats.BlobBytes != size {
+				t.Errorf("%d bytes came, of %d", stats.BlobBytes, size)
+			}
+			if most := int(size/(4<<20)) + 4; stats.BlobGETs > most {
+				t.Errorf("%d GETs, at most %d are needed", stats.BlobGETs, most)
+			}
+			await(t, "the whole is verified", func() bool { return s.status(dir).By == "whole-blob" })
+			im.Stop()
+			showsEverything(t, dir)
+		})
+	}
+}
+
+// mountSaying mounts as mount does, and returns what is said about it: in the log, or before there was one.
+func (s *session) mountSaying(ref string, flags ...string) (dir string, said func() string) {
+	s.t.Helper()
+	dir = s.target()
+	r := s.run(binary, append(append([]string{"mount"}, flags...), ref, dir)...)
+	if r.code != 0 {
+		s.t.Fatalf("mount %q: %d, %s", flags, r.code, r.stderr)
+	}
+	s.t.Cleanup(func() {
+		if mounted(s.t, dir) {
+			s.must("umount", dir)
+		}
+	})
+	return dir, func() string { return r.stderr + s.serverLog(dir) }
+}
+
+// TestPrefetchNone: nothing is fetched in the background unless somebody asks for it.
+func TestPrefetchNone(t *testing.T) {
+	im, s := served(t)
+	dir := s.mount(im.ref, "--prefetch=none")
+	if st := s.mountStatus(dir).Prefetch; st != nil {
+		t.Errorf("%+v", st)
+	}
+	if stats := im.Stats(); stats.BlobBytes > 1<<20 {
+		t.Errorf("%d bytes", stats.BlobBytes)
+	}
+}
+
+// TestPrefetchCompressed: offsets are those of the image, whatever its blob is.
+func TestPrefetchCompressed(t *testing.T) {
+	for name, o := range map[string]verifiable.Options{
+		"zstd": {Chunk: 64 << 10, Zstd: true}, "index": {Chunk: 64 << 10}, "tree": {Verity: true},
+		"whole": {Zstd: true}, // which is here before it is mounted
+	} {
+		t.Run(name, func(t *testing.T) {
+			im := serveVouched(t, o)
+			s := newSession(t)
+			dir := s.target()
+			if r := s.run(binary, "mount", "--prefetch=all", im.ref, dir); r.code != 0 {
+				t.Fatal(r.stderr)
+			}
+			s.prefetched(dir, backend.PrefetchDone)
+			if st := s.status(dir); st.Fetched != st.Size || st.Verified != st.Size && st.By != "whole-blob" {
+				t.Errorf("%+v", st)
+			}
+			im.Stop()
+			if lies, failed := readFiles(t, dir); lies != 0 || failed != 0 {
+				t.Errorf("%d lies, %d errors", lies, failed)
+			}
+			s.must("umount", dir)
+		})
+	}
+}
+
+// TestPrefetchProfile: a profile is replayed, what is side by side at once and nothing but that, up to the budget.
+func TestPrefetchProfile(t *testing.T) {
+	im, s := served(t)
+	digest, size := s.layer(im.ref)
+	absent := "sha256:" + strings.Repeat("ab", 32)
+	file := filepath.Join(s.dir, "start.profile")
+	write := func(size int64) {
+		p, err := profile.New([]profile.Blob{
+			{Digest: digest, Size: size, Reads: []profile.Read{
+				{Order: 0, Off: 40 << 20, Len: 4096}, {Order: 1, Off: 40<<20 + chunk, Len: chunk}, {Order: 2, Off: 20<<20 + 100, Len: 10},
+				{Order: 3, Off: 50 << 20, Len: 3 * chunk},
+			}},
+			{Digest: absent, Size: 100, Reads: []profile.Read{{Order: 0, Off: 0, Len: 100}}},
+		})
+		must(t, err)
+		must(t, profile.WriteFile(file, p))
+	}
+	span := func(from, chunks int64) string { return fmt.Sprintf("bytes=%d-%d", from, from+chunks*chunk-1) }
+	for _, c := range []struct {
+		budget string
+		state  backend.PrefetchState
+		want   []string
+		bytes  int64
+	}{
+		{"", backend.PrefetchDone, []string{span(40<<20, 2), span(20<<20, 1), span(50<<20, 3)}, 6 * chunk},
+		{"1MiB", backend.PrefetchStopped, []string{span(40<<20, 2), span(20<<20, 1), span(50<<20, 1)}, 4 * chunk},
+	} {
+		write(size)
+		s := newSession(t)
+		im.ResetStats()
+		flags := []string{"--prefetch=" + file}
+		if c.budget != "" {
+			flags = append(flags, "--prefetch-budget="+c.budget)
+		}
+		dir, said := s.mountSaying(im.ref, flags...)
+		st := s.prefetched(dir, c.state)
+		var got []string
+		for _, r := range rangesOf(im.Registry) {
+			if r != span(0, 1) { // the superblock
+				got = append(got, r)
+			}
+		}
+		slices.Sort(got)
+		if want := slices.Sorted(slices.Values(c.want)); !slices.Equal(got, want) {
+			t.Errorf("budget %q: %v, want %v", c.budget, got, want)
+		}
+		if st.Fetched != c.bytes || st.Mode != file {
+			t.Errorf("budget %q: %+v", c.budget, st)
+		}
+		if log := said(); strings.Count(log, absent) != 1 || strings.Count(log, "\n") != 1 {
+			t.Errorf("of the blob that is not there the log says %q", log)
+		}
+	}
+	write(size + 1)
+	dir, _ := s.mountSaying(im.ref, "--prefetch="+file)
+	if st := s.prefetched(dir, backend.PrefetchStopped); !strings.Contains(st.Error, fmt.Sprint(size+1)) {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestPrefetchNoRoom: what does not fit into the cache is not begun, what is in the budget is fetched and no more, and
+// reads go on.
+func TestPrefetchNoRoom(t *testing.T) {
+	im, s := served(t)
+	_, size := s.layer(im.ref)
+	dir, said := s.mountSaying(im.ref, "--cache-size=8MiB", "--prefetch=all")
+	st := s.prefetched(dir, backend.PrefetchStopped)
+	if !strings.Contains(st.Error, fmt.Sprint(size)) || !strings.Contains(st.Error, fmt.Sprint(8<<20)) {
+		t.Errorf("%+v", st)
+	}
+	if got := im.Stats().BlobBytes; got > 2<<20 {
+		t.Errorf("%d bytes were fetched", got)
+	}
+	if log := said(); strings.Count(log, "\n") != 1 || !strings.Contains(log, "--cache-size") {
+		t.Errorf("the log is %q", log)
+	}
+	showsAll(t, dir)
+	s.must("umount", dir)
+
+	other := newSession(t)
+	im.ResetStats()
+	dir = other.mount(im.ref, "--cache-size=8MiB", "--prefetch=all", "--prefetch-budget=3MiB")
+	st = other.prefetched(dir, backend.PrefetchStopped)
+	if got := im.Stats().BlobBytes; got > 3<<20+chunk || got < 2<<20 || !strings.Contains(st.Error, "--prefetch-budget") {
+		t.Errorf("%d bytes for a budget of 3 MiB: %+v", got, st)
+	}
+	showsAll(t, dir)
+}
+
+// TestPrefetchInterrupted: a registry that goes away is waited for, and what it has not sent is fetched when it is back.
+func TestPrefetchInterrupted(t *testing.T) {
+	im, s := served(t)
+	_, size := s.layer(im.ref)
+	im.ResetStats()
+	im.SetBandwidth(16 << 20)
+	dir := s.mount(im.ref, "--prefetch=all", "--on-error=wait:1s")
+	await(t, "a part has come", func() bool { return im.Stats().BlobBytes > size/4 })
+	im.Stop()
+	st := s.prefetched(dir, backend.PrefetchWaiting)
+	if st.Error == "" || st.Fetched >= size {
+		t.Errorf("%+v", st)
+	}
+	im.SetBandwidth(0)
+	must(t, im.Start())
+	if st = s.prefetched(dir, backend.PrefetchDone); st.Fetched != size || st.Error != "" {
+		t.Errorf("%+v", st)
+	}
+	if log := s.serverLog(dir); strings.Count(log, "tried again later") != 1 {
+		t.Errorf("the log is %q", log)
+	}
+	im.Stop()
+	showsEverything(t, dir)
+}
+
+// TestPrefetchWrongBytes: what cannot be verified does not keep the rest from being fetched, and is fetched when it is
+// right.
+func TestPrefetchWrongBytes(t *testing.T) {
+	im := serveVouched(t, verifiable.Options{Chunk: 64 << 10})
+	s := newSession(t)
+	bad := im.victimAt(t)
+	im.SetFault(fakeregistry.Always(fakeregistry.FlipBit(bad)).OnBlobs())
+	dir := s.mount(im.ref, "--prefetch=all")
+	s.prefetched(dir, backend.PrefetchWaiting)
+	st := s.status(dir)
+	if st.Fetched >= st.Size {
+		t.Errorf("%+v", st)
+	}
+	im.SetFault(nil)
+	s.prefetched(dir, backend.PrefetchDone)
+	im.Stop()
+	if lies, failed := readFiles(t, dir); lies != 0 || failed != 0 {
+		t.Errorf("%d lies, %d errors", lies, failed)
+	}
+}
+
+// TestPrefetchUnmount: a mount that is fetching ends as soon as it is told to.
+func TestPrefetchUnmount(t *testing.T) {
+	for _, name := range []string{backend.FUSE, backend.FILE} {
+		im, s := served(t)
+		im.SetBandwidth(1 << 20)
+		dir := s.mount(im.ref, "--backend="+name, "--prefetch=all")
+		await(t, "it has begun", func() bool { return im.Stats().BlobBytes > 1<<20 })
+		began := time.Now()
+		s.must("umount", dir)
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("%s: unmounting took %v", name, took)
+		}
+		s.nothingLeft(dir)
+		left := im.Stats().BlobBytes
+		if _, size := s.layer(im.ref); left > size/2 {
+			t.Errorf("%s: %d bytes came", name, left)
+		}
+	}
+}
+
+// TestPrefetchIsBehind: a read that somebody waits for does not wait for what is fetched in the background: until its
+// answer is there, the link carries little more than without that.
+func TestPrefetchIsBehind(t *testing.T) {
+	// On a faster link a machine that is busy lets more pass than the round trips do.
+	const latency, bandwidth = 20 * time.Millisecond, 4 << 20
+	im, _ := served(t)
+	im.SetLatency(latency)
+	im.SetBandwidth(bandwidth)
+	// carried is how much the link carries until the answer to a read: the lower quartile of several, for the machine may
+	// have others to serve, and the link goes on meanwhile.
+	carried := func(state backend.PrefetchState, flags ...string) int64 {
+		s := newSession(t)
+		dir := s.mount(im.ref, flags...)
+		f, err := os.Open(filepath.Join(dir, bigFile))
+		must(t, err)
+		defer f.Close()
+		_, err = f.Stat()
+		must(t, err)
+		var all []int64
+		for i := range 9 {
+			before := im.Stats().BlobBytes
+			shows(t, f, int64(bigSize-(2*i+1)<<20), "while all is fetched") // the file lies at the end
+			all = append(all, im.Stats().BlobBytes-before)
+		}
+		if st := s.mountStatus(dir).Prefetch; state != "" && st.State != state {
+			t.Fatalf("prefetch: %+v", st)
+		}
+		slices.Sort(all)
+		t.Logf("%v: %d bytes were carried until the answers", flags, all)
+		return all[len(all)/4]
+	}
+	alone := carried("")
+	behind := carried(backend.PrefetchRunning, "--prefetch=all")
+	// What is on its way when the reader comes arrives: two round trips of it, and what two connections take that nobody
+	// reads, which a kernel's buffers make 128 KiB each. If the three of them shared the link, it would carry twice the
+	// answer more, and what it does in a round trip: 200 KB above this.
+	if most := alone + int64(2*latency.Seconds()*bandwidth) + 2*(128<<10); behind > most {
+		t.Errorf("%d bytes were carried until an answer, at most %d should be", behind, most)
+	}
+}
+
+// TestPrefetchRate: the rate is kept to.
+func TestPrefetchRate(t *testing.T) {
+	im, s := served(t)
+	const rate, burst = 16 << 20, 4 << 20
+	began := time.Now()
+	dir := s.mount(im.ref, "--prefetch=all", "--prefetch-rate=16MiB")
+	await(t, "all is here", func() bool {
+		st := s.mountStatus(dir).Prefetch
+		came, most := im.Stats().BlobBytes, int64(time.Since(began).Seconds()*rate)+burst+2<<20 // what the mount reads itself
+		if came > most {
+			t.Errorf("%d bytes came within %v", came, time.Since(began))
+		}
+		return st.State == backend.PrefetchDone || t.Failed()
+	})
+	size := im.Stats().BlobBytes
+	if took, least := time.Since(began), time.Duration(float64(size-burst-2<<20)/rate*float64(time.Second)); took < least || took > 4*least {
+		t.Errorf("%d bytes took %v, at least %v are right", size, took, least)
+	}
+}
