@@ -59,6 +59,7 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 		return err
 	}
 	keep.PrefetchRate = s.prefetch.bytesPerSecond
+	s.meter.measureCache(&keep)
 	if s.offline {
 		keep.Readahead = -1
 	}

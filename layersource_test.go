@@ -95,13 +95,19 @@ func (p *pushed) open(t *testing.T, verify string) (*reader, error) {
 // openIn is open with a cache that others use.
 func (p *pushed) openIn(t *testing.T, dir, verify string, options registry.Options) (*reader, error) {
 	t.Helper()
+	return p.openBy(t, dir, verify, options, blobcache.Options{})
+}
+
+// openBy is openIn with a cache of these options.
+func (p *pushed) openBy(t *testing.T, dir, verify string, options registry.Options, keep blobcache.Options) (*reader, error) {
+	t.Helper()
 	options.RegistriesConf = p.conf
 	client, err := registry.New(options)
 	must(t, err)
 	t.Cleanup(func() { client.Close() })
 	im, err := client.Resolve(t.Context(), p.ref, registry.Selector{})
 	must(t, err)
-	cache, err := blobcache.New(dir, blobcache.Options{})
+	cache, err := blobcache.New(dir, keep)
 	must(t, err)
 	t.Cleanup(func() { cache.Close() })
 	p.reset()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
 
 // metricsPrefix begins the name of each metric that is ours.
@@ -114,6 +116,17 @@ func (m *meter) Happened(e registry.Event) {
 // waited is told of each read that had to wait.
 func (m *meter) waited(d time.Duration) { m.waits.Observe(d.Seconds()) }
 
+// measureCache has the requests of a cache bear their cause, and its waits counted. m may be
+// nil: the causes are not for it alone.
+func (m *meter) measureCache(o *blobcache.Options) {
+	o.Label = func(ctx context.Context, cause blobcache.Cause) context.Context {
+		return registry.WithCause(ctx, string(cause))
+	}
+	if m != nil {
+		o.ObserveWait = m.waited
+	}
+}
+
 // The values that a label may have are few, whoever gives them.
 
 func methodLabel(method string) string {
@@ -126,7 +139,7 @@ func methodLabel(method string) string {
 
 func causeLabel(cause string) string {
 	switch cause {
-	case registry.CauseMetadata, "demand", "readahead", "prefetch":
+	case registry.CauseMetadata, string(blobcache.Demand), string(blobcache.Readahead), string(blobcache.Prefetch):
 		return cause
 	}
 	return "other"

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"math"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -17,6 +19,8 @@ type sourceCollector struct {
 	mount                                *prometheus.Desc
 	reads, served                        *prometheus.Desc
 	fetches, fetched                     *prometheus.Desc
+	kept, limit, evictions, evicted      *prometheus.Desc
+	flights, waiting, refused, damaged   *prometheus.Desc
 	layer, size, here, verified, revoked *prometheus.Desc
 }
 
@@ -34,11 +38,21 @@ func newSourceCollector(src *opened, of mountLabels) *sourceCollector {
 	}
 	return &sourceCollector{
 		src: src, of: of,
-		mount:    desc("mount_info", "1, labeled with what is mounted: the reference, what tells its content from others, and the backend (serve: it is exported by NBD and not mounted).", "reference", "id", "backend"),
-		reads:    desc("cache_reads_total", "Reads of images: a hit was answered at once, a miss had to wait.", "result"),
-		served:   desc("cache_served_bytes_total", "Bytes that were given to reads which succeeded."),
-		fetches:  desc("cache_fetches_total", "Ranges that the cache asked for.", "cause"),
-		fetched:  desc("cache_fetched_bytes_total", "Bytes that the cache read from the bodies of its fetches, those included that it had no use for."),
+		mount:   desc("mount_info", "1, labeled with what is mounted: the reference, what tells its content from others, and the backend (serve: it is exported by NBD and not mounted).", "reference", "id", "backend"),
+		reads:   desc("cache_reads_total", "Reads of images, those included by which a whole layer is checked: a hit was answered at once, a miss had to wait.", "result"),
+		served:  desc("cache_served_bytes_total", "Bytes that were given to those of these reads that succeeded."),
+		fetches: desc("cache_fetches_total", "Ranges that the cache asked for, by what the first byte of each is for.", "cause"),
+		fetched: desc("cache_fetched_bytes_total", "Bytes of chunks that the cache read from the bodies of its fetches, by what each chunk was asked for.", "cause"),
+
+		kept:      desc("cache_directory_bytes", "Bytes that the cache's directory takes, for all mounts and processes together, and up to some MiB too many for each of these. It is missing while nobody knows."),
+		limit:     desc("cache_directory_limit_bytes", "Bytes that the cache's directory may take; +Inf if there is no limit."),
+		evictions: desc("cache_evictions_total", "Regions that this process evicted from the cache to make room."),
+		evicted:   desc("cache_evicted_bytes_total", "Bytes of chunks that were in the regions which this process evicted."),
+		flights:   desc("cache_fetches_in_flight", "Fetches that are under way."),
+		waiting:   desc("cache_reads_waiting", "Reads that wait for what the cache does not have."),
+		refused:   desc("cache_refused_chunks_total", "Chunks, fetched or from the disk, that were not what the image's chunk index or tree says."),
+		damaged:   desc("cache_damaged_chunks_total", "Times that chunks on the disk were not what had been written there."),
+
 		layer:    desc("layer_info", "1, labeled with what the bytes of the layer are verified by.", "layer", "verified_by"),
 		size:     desc("layer_size_bytes", "Bytes of the layer's image that can be read.", "layer"),
 		here:     desc("layer_present_bytes", "Bytes of the layer's image that are in the cache.", "layer"),
@@ -50,7 +64,8 @@ func newSourceCollector(src *opened, of mountLabels) *sourceCollector {
 // Describe is a prometheus.Collector's.
 func (c *sourceCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		c.mount, c.reads, c.served, c.fetches, c.fetched, c.layer, c.size, c.here, c.verified, c.revoked,
+		c.mount, c.reads, c.served, c.fetches, c.fetched, c.kept, c.limit, c.evictions, c.evicted,
+		c.flights, c.waiting, c.refused, c.damaged, c.layer, c.size, c.here, c.verified, c.revoked,
 	} {
 		ch <- d
 	}
@@ -93,12 +108,35 @@ func (c *sourceCollector) collectCache(ch chan<- prometheus.Metric) {
 	counter(c.reads, s.Hits, "hit")
 	counter(c.reads, s.Misses, "miss")
 	counter(c.served, s.BytesServed)
-	counter(c.fetches, s.Fetches-s.FetchesAhead, "demand")
-	counter(c.fetches, s.FetchesAhead, "readahead")
-	counter(c.fetched, s.BytesFetched)
+	for cause, n := range map[blobcache.Cause][2]int64{
+		blobcache.Demand:    {s.FetchesDemand, s.BytesDemand},
+		blobcache.Readahead: {s.FetchesAhead, s.BytesAhead},
+		blobcache.Prefetch:  {s.FetchesPrefetch, s.BytesPrefetch},
+	} {
+		counter(c.fetches, n[0], string(cause))
+		counter(c.fetched, n[1], string(cause))
+	}
+	all := c.src.cache.Stats()
+	counter(c.evictions, all.Evictions)
+	counter(c.evicted, all.EvictedBytes)
+	counter(c.refused, all.Refused)
+	counter(c.damaged, all.Damaged)
+	gauge := func(d *prometheus.Desc, v float64) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v)
+	}
+	gauge(c.flights, float64(all.InFlight))
+	gauge(c.waiting, float64(all.Waiting))
+	if all.Bytes >= 0 {
+		gauge(c.kept, float64(all.Bytes))
+	}
+	limit := float64(all.Limit)
+	if all.Limit == 0 {
+		limit = math.Inf(1)
+	}
+	gauge(c.limit, limit)
 }
 
-// stats are those of all blobs together.
+// stats are those of all blobs together, as far as they are metrics.
 func (o *opened) stats() (sum blobcache.Stats) {
 	seen := make(map[string]bool)
 	for _, l := range o.layers {
@@ -107,10 +145,12 @@ func (o *opened) stats() (sum blobcache.Stats) {
 		}
 		seen[l.blob.digest] = true
 		s := l.blob.cached.Stats()
-		sum.Fetches += s.Fetches
+		sum.FetchesDemand += s.FetchesDemand
 		sum.FetchesAhead += s.FetchesAhead
-		sum.BytesFetched += s.BytesFetched
+		sum.FetchesPrefetch += s.FetchesPrefetch
+		sum.BytesDemand += s.BytesDemand
 		sum.BytesAhead += s.BytesAhead
+		sum.BytesPrefetch += s.BytesPrefetch
 		sum.BytesServed += s.BytesServed
 		sum.Hits += s.Hits
 		sum.Misses += s.Misses

@@ -24,6 +24,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -40,7 +41,9 @@ func meteredBlob(t *testing.T, addr string, p *pushed) (*metering, *reader) {
 	m, err := newMetering(addr, slog.New(slog.DiscardHandler))
 	must(t, err)
 	t.Cleanup(func() { must(t, m.Close()) })
-	r, err := p.openIn(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter})
+	var cache blobcache.Options
+	m.measureCache(&cache)
+	r, err := p.openBy(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter}, cache)
 	must(t, err)
 	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}, id: "sha256:00"}
 	m.show(o, mountLabels{"r.example/x:v1", "fuse"})
@@ -136,6 +139,11 @@ func TestMeterAgrees(t *testing.T) {
 		}
 	}
 	sum := sums(t, m)
+	for began := time.Now(); sum("cache_fetches_in_flight") > 0; sum = sums(t, m) {
+		if time.Since(began) > 20*time.Second {
+			t.Fatal("a fetch does not end")
+		}
+	}
 	size, reads := float64(len(want)), math.Ceil(float64(len(want))/10_000)
 	for _, c := range []struct {
 		what      string
@@ -148,6 +156,12 @@ func TestMeterAgrees(t *testing.T) {
 		{"verified", sum("layer_verified_bytes"), size},
 		{"by the index", sum("layer_info", "verified_by="+byIndex), 1},
 		{"wrong", sum("layer_wrong"), 0},
+		{"bytes of chunks", sum("cache_fetched_bytes_total"), float64(r.cached.Size())},
+		{"reads that were timed", sum("cache_read_wait_seconds"), sum("cache_reads_total", "result=miss")},
+		{"fetches by cause", sum("cache_fetches_total", "cause=demand"), sum("registry_requests_total", "cause=demand")},
+		{"fetches ahead", sum("cache_fetches_total", "cause=readahead"), sum("registry_requests_total", "cause=readahead")},
+		{"reads that wait", sum("cache_reads_waiting"), 0},
+		{"chunks refused", sum("cache_refused_chunks_total"), 0},
 		{"mounts", sum("mount_info", "reference=r.example/x:v1", "id=sha256:00", "backend=fuse"), 1},
 		{"fetches, and the index", sum("cache_fetches_total") + 1, sum("registry_requests_total", "kind=blob", "method=GET", "code=2xx")},
 		{"manifests", sum("registry_requests_total", "kind=manifest"), 1},
@@ -199,7 +213,7 @@ func TestMeterWrongBytes(t *testing.T) {
 		t.Errorf("%d reads failed", failed)
 	}
 	sum := sums(t, m)
-	if sum("registry_wrong_bytes_total") != 1 || sum("registry_mirrors_left_total") != 1 || sum("layer_wrong") != 0 || sum("layer_verified_bytes") != float64(len(b.Plain)) {
+	if sum("registry_wrong_bytes_total") != 1 || sum("registry_mirrors_left_total") != 1 || sum("cache_refused_chunks_total") != 1 || sum("layer_wrong") != 0 || sum("layer_verified_bytes") != float64(len(b.Plain)) {
 		t.Errorf("of a mirror that lies:\n%s", m.text())
 	}
 
@@ -268,9 +282,9 @@ func TestScrapesAtOnce(t *testing.T) {
 	addr := "unix:" + filepath.Join(t.TempDir(), "metrics")
 	m, r, want := metered(t, addr)
 	var all sync.WaitGroup
-	for range 2 * metricsClients {
+	for range metricsClients + 4 {
 		all.Go(func() {
-			for range 3 {
+			for range 2 {
 				text, err := ask(addr, "/metrics")
 				if err != nil || !strings.Contains(text, metricsPrefix+"layer_info{") {
 					t.Errorf("%d bytes, %v", len(text), err)
@@ -421,7 +435,7 @@ func BenchmarkMeter(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	a := registry.Answer{Method: "GET", Kind: registry.KindBlob, Cause: "demand", Status: 206, Wait: time.Millisecond}
+	a := registry.Answer{Method: "GET", Kind: registry.KindBlob, Cause: string(blobcache.Demand), Status: 206, Wait: time.Millisecond}
 	b.Run("answer", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {

@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/erofs-oci/erofs-oci/registry"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/chunked"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 )
@@ -159,7 +160,7 @@ func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *thr
 		}
 	}
 	// It is no metadata: the mount waits for its data.
-	body, start, _, err := fetch(registry.WithCause(ctx, "demand"), 0, blob.Size())
+	body, start, _, err := fetch(registry.WithCause(ctx, string(blobcache.Demand)), 0, blob.Size())
 	if err != nil {
 		return err
 	}

@@ -152,7 +152,7 @@ func TestStats(t *testing.T) {
 	if b.ReadResident(make([]byte, 1), -1) || b.ReadResident(make([]byte, 1), 3*cs+5) {
 		t.Error("what is outside the blob is resident")
 	}
-	want := Stats{Fetches: 1, BytesFetched: 2 * cs, BytesServed: 4 + cs, Hits: 2, Misses: 1, ChunksPresent: 2, ChunksTotal: 4}
+	want := Stats{Fetches: 1, FetchesDemand: 1, BytesFetched: 2 * cs, BytesDemand: 2 * cs, BytesServed: 4 + cs, Hits: 2, Misses: 1, ChunksPresent: 2, ChunksTotal: 4}
 	if got := b.Stats(); got != want {
 		t.Errorf("stats %+v, want %+v", got, want)
 	}

@@ -34,7 +34,7 @@ type flight struct {
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
 	rested time.Duration // how long it let others go first since its body came
-	counts *atomic.Int64 // whose cause the next bytes are of; nil: demand
+	counts *atomic.Int64 // of whose cause the next bytes are; nil: of none yet
 }
 
 func (b *Blob) newFlight(chunk int64) *flight {
@@ -243,6 +243,8 @@ func (f *flight) fly() error {
 		s.counters.fetchesAhead.Add(1)
 	case Prefetch:
 		s.counters.fetchesPrefetch.Add(1)
+	default:
+		s.counters.fetchesDemand.Add(1)
 	}
 	if label := s.cache.options.Label; label != nil {
 		ctx = label(ctx, cause)

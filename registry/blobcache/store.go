@@ -77,10 +77,10 @@ type pending struct {
 }
 
 type counters struct {
-	fetches, fetchesAhead, fetchesPrefetch, bytesFetched, bytesAhead, bytesPrefetch, bytesServed, hits, misses, chunksPresent atomic.Int64
+	fetches, fetchesDemand, fetchesAhead, fetchesPrefetch, bytesFetched, bytesDemand, bytesAhead, bytesPrefetch, bytesServed, hits, misses, chunksPresent atomic.Int64
 }
 
-// bytesOf gives where bytes are counted that are fetched for this cause; those of demand are all others.
+// bytesOf gives where bytes are counted that are fetched for this cause.
 func (c *counters) bytesOf(cause Cause) *atomic.Int64 {
 	switch cause {
 	case Readahead:
@@ -88,16 +88,18 @@ func (c *counters) bytesOf(cause Cause) *atomic.Int64 {
 	case Prefetch:
 		return &c.bytesPrefetch
 	}
-	return nil
+	return &c.bytesDemand
 }
 
 // Stats counts what the blobs of one digest did since the first of them was opened.
 type Stats struct {
 	Fetches         int64 // calls of Fetch
-	FetchesAhead    int64 // those of them that nobody waited for when they began, but for the next
+	FetchesDemand   int64 // those of them that somebody waited for when they began
+	FetchesAhead    int64 // those of them that nobody waited for then, but for the next
 	FetchesPrefetch int64 // those of them that Prefetch wanted
 	BytesFetched    int64 // read from bodies, dropped ones included
-	BytesAhead      int64 // those of them that nobody waited for when they were asked for, but for the next
+	BytesDemand     int64 // those of them that somebody waited for when they were asked for
+	BytesAhead      int64 // those of them that nobody waited for then, but for the next
 	BytesPrefetch   int64 // those of them that Prefetch had asked for
 	BytesServed     int64 // copied to readers by reads that succeeded
 	Hits            int64 // reads that found all they wanted present
@@ -335,9 +337,11 @@ func (s *store) readChecked(p []byte, off int64) error {
 func (s *store) stats() Stats {
 	return Stats{
 		Fetches:         s.counters.fetches.Load(),
+		FetchesDemand:   s.counters.fetchesDemand.Load(),
 		FetchesAhead:    s.counters.fetchesAhead.Load(),
 		FetchesPrefetch: s.counters.fetchesPrefetch.Load(),
 		BytesFetched:    s.counters.bytesFetched.Load(),
+		BytesDemand:     s.counters.bytesDemand.Load(),
 		BytesPrefetch:   s.counters.bytesPrefetch.Load(),
 		BytesAhead:      s.counters.bytesAhead.Load(),
 		BytesServed:     s.counters.bytesServed.Load(),
