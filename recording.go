@@ -1,9 +1,7 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -70,9 +68,7 @@ func resumeRecording(file string, layers []openedLayer, log *slog.Logger) (*reco
 			return r, nil
 		}
 	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		log.Warn("the recorded profile is begun anew", "file", file, "err", err)
-	}
+	log.Warn("the recorded profile is begun anew", "file", file, "err", err)
 	return newRecording(file, layers, log)
 }
 

@@ -170,7 +170,7 @@ func TestRecordingResumed(t *testing.T) {
 		want    []profile.Read
 	}{
 		"going on": {before(len(b.Data)), "", []profile.Read{{Order: 0, Off: 8 * testChunk, Len: testChunk}, {Order: 1, Off: 0, Len: testChunk}}},
-		"nothing":  {"", "", []profile.Read{{Off: 0, Len: testChunk}}},
+		"nothing":  {"", "no such file", []profile.Read{{Off: 0, Len: testChunk}}},
 		"nonsense": {"nonsense", "not a profile", []profile.Read{{Off: 0, Len: testChunk}}},
 		"another":  {before(len(b.Data) + 1), "bytes, and had", []profile.Read{{Off: 0, Len: testChunk}}},
 	} {
