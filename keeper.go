@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"sync"
@@ -88,7 +89,17 @@ func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log 
 		keep.Offline = errOffline
 	}
 	o.image, err = registry.ResolveIn(ctx, repository.Keep(keep), "", s.selector)
+	if !s.offline && unreachable(err) {
+		if _, never := o.keeper.Last(s.ref.registry.Tag); never == nil {
+			err = fmt.Errorf("%w; --offline takes what it led to the last time", err)
+		}
+	}
 	return err
+}
+
+// unreachable says that nobody answered.
+func unreachable(err error) bool {
+	return errors.As(err, new(*registry.UnavailableError)) || errors.As(err, new(*net.OpError))
 }
 
 // origin tells the documents of a repository from others with the same digest: what is kept of one registry is not

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"io"
 	"log/slog"
+	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -90,4 +92,40 @@ func cpu(b *testing.B) float64 {
 		b.Fatal(err)
 	}
 	return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e6
+}
+
+// BenchmarkOpenAgain opens and closes an image that was read before, with a chunk index, by its tag.
+func BenchmarkOpenAgain(b *testing.B) {
+	blob := verifiable.Make(b, imageBytes(imageSize), verifiable.Options{Chunk: testChunk})
+	r, err := fakeregistry.New(fakeregistry.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := ocipush.Push(b.Context(), r.URL(), "x:v1", blob.Layers(), ocipush.Options{}); err != nil {
+		b.Fatal(err)
+	}
+	ref, err := parseRef(r.Addr() + "/x:v1")
+	if err != nil {
+		b.Fatal(err)
+	}
+	dir := filepath.Join(b.TempDir(), "cache")
+	open := func() {
+		p := &program{stderr: io.Discard, stdout: io.Discard, getenv: func(string) string { return "" }}
+		o, err := p.open(b.Context(), &sourceOptions{ref: ref, cacheDir: dir, verify: verifyAuto}, slog.New(slog.DiscardHandler))
+		if err == nil {
+			err = o.Close()
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	open()
+	r.ResetStats()
+	before := cpu(b)
+	for range b.N {
+		open()
+	}
+	b.ReportMetric((cpu(b)-before)/float64(b.N), "cpu-ms/op")
+	b.ReportMetric(float64(r.Stats().ManifestGETs+r.Stats().BlobGETs)/float64(b.N), "GETs/op")
 }

@@ -28,9 +28,10 @@ type noNetwork struct{}
 
 func (noNetwork) RoundTrip(*http.Request) (*http.Response, error) { return nil, errOffline }
 
-// goOffline has the client send nothing.
+// goOffline has the client send nothing, and know nobody's credentials.
 func (s *sourceOptions) goOffline() {
 	s.offline = true
+	s.client.Username, s.client.Password, s.client.AuthFile = "", "", ""
 	s.client.Transport, s.client.ResolveWait = noNetwork{}, registry.NoWait
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 
 	"io"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
@@ -365,8 +367,15 @@ func TestOfflineRefused(t *testing.T) {
 	refused(s, errNeverMounted, s.ref, "not mounted before")
 	s.fill()
 	s.mustOpen(true)
+	s.registry.Stop()
+	if _, err := s.open(false); err == nil || !strings.Contains(err.Error(), "--offline takes what it led to the last time") {
+		t.Errorf("without --offline: %v", err)
+	}
 	other := *s
 	other.ref = s.registry.Addr() + "/x:v2"
+	if _, err := other.open(false); err == nil || strings.Contains(err.Error(), "--offline") {
+		t.Errorf("what was never mounted, without --offline: %v", err)
+	}
 	refused(&other, errNeverMounted, other.ref)
 	other.ref = s.registry.Addr() + "/y:v1"
 	refused(&other, errNeverMounted, other.ref)
@@ -644,6 +653,81 @@ func (s *shelf) lie(part keptPart, at int) {
 	must(s.t, err)
 	must(s.t, b.ReadAt(s.t.Context(), make([]byte, part.size), 0))
 	must(s.t, b.Close())
+}
+
+// TestKeptUntilTheEnd: what an image needs beside its layers counts as used until the mount ends, so that it does not go
+// before them. What of it went all the same is kept once more.
+func TestKeptUntilTheEnd(t *testing.T) {
+	s := newShelf(t, verifiable.Options{Chunk: testChunk})
+	s.fill()
+	used := func() (documents, index time.Time) {
+		t.Helper()
+		c, err := blobcache.New(s.dir, blobcache.Options{})
+		must(t, err)
+		defer c.Close()
+		list, err := c.List()
+		must(t, err)
+		for _, k := range list {
+			switch k.Digest {
+			case digest.FromBytes(s.blobs[0].Index).String():
+				index = k.Used
+			case digest.FromBytes(s.blobs[0].Data).String():
+			default:
+				documents = k.Used
+			}
+		}
+		return documents, index
+	}
+	o := s.mustOpen(false)
+	began := time.Now().Truncate(time.Second)
+	await := time.NewTimer(time.Until(began.Add(1100 * time.Millisecond))) // times of use are whole seconds
+	<-await.C
+	must(t, o.layers[0].blob.ReadAt(t.Context(), make([]byte, 10), imageSize-10))
+	must(t, o.Close())
+	if documents, index := used(); !documents.After(began) || !index.After(began) {
+		t.Errorf("mounted at %v; documents were used at %v, the index at %v", began, documents, index)
+	}
+
+	s = newShelf(t, verifiable.Options{})
+	o = s.mustOpen(false)
+	_, err := o.cache.Prune(0)
+	must(t, err)
+	if _, err := s.open(true); !errors.Is(err, errOffline) {
+		t.Errorf("the test proves nothing: %v", err)
+	}
+	must(t, o.Close())
+	s.mustOpen(true)
+	if !strings.Contains(s.said.String(), "layer 0: 0% of it is here") {
+		t.Errorf("said %q", s.said.String())
+	}
+}
+
+// TestReattachedOffline: a server that takes over a mount that was made offline asks nobody, either.
+func TestReattachedOffline(t *testing.T) {
+	s := newShelf(t, verifiable.Options{Chunk: testChunk}, verifiable.Options{Verity: true})
+	s.options.RegistriesConf = "" // as a server has it
+	s.fill()
+	s.registry.Stop()
+	door := stand(t, s.registry.Addr())
+	o := s.mustOpen(true)
+	rec := backend.Record{Reference: o.ref.String(), NBD: json.RawMessage("[{},{}]"),
+		Access: backend.Access{CacheDir: s.dir, OnError: "wait:60s", Offline: true, Username: "somebody"}}
+	o.record(&rec)
+	must(t, o.Close())
+	p := &program{stderr: &s.said, stdout: io.Discard, getenv: func(string) string { return "" }}
+	log := newServerLog(io.Discard)
+	metering, err := resumeMetering(rec.Access, log.Logger)
+	must(t, err)
+	t.Cleanup(func() { must(t, metering.Close()) })
+	again, _, err := p.openRecorded(t.Context(), rec, "", metering, log)
+	must(t, err)
+	if failed := s.readAll(again); failed > 0 {
+		t.Errorf("%d reads failed", failed)
+	}
+	must(t, again.Close())
+	if n := door.called(); n != 0 {
+		t.Errorf("somebody came %d times", n)
+	}
 }
 
 // TestNothingKept: a cache without any room is no reason not to mount, and costs no request more at the beginning.

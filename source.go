@@ -190,11 +190,13 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if err := s.secure(c.String("tls-ca"), c.Bool("tls-verify")); err != nil {
 		return err
 	}
-	if err := p.credentialsOption(c, s); err != nil {
-		return err
-	}
 	if err := s.offlineOption(c); err != nil {
 		return err
+	}
+	if !s.offline { // nobody would ask for them
+		if err := p.credentialsOption(c, s); err != nil {
+			return err
+		}
 	}
 	return selectLayer(c, s)
 }

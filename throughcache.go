@@ -43,6 +43,7 @@ type keptPart struct {
 	unit      int64  // as in blobcache.OpenOptions
 	piece     int64  // bytes that are read at once: whole units
 	origin    string
+	layer     bool // it is a layer, and nothing that a layer is verified by
 }
 
 // A throughCache is a blob of which one part is kept in the cache. What is read of that part comes from there; what is
@@ -68,9 +69,9 @@ func (o *layerOpener) throughCache(s *layerSource, blob *remoteBlob, part keptPa
 		return t, nil // who reads it says what is wrong with that
 	}
 	var err error
-	// The readers of a layer wait for this, with a slot in hand.
+	// What a layer is verified by is waited for with a slot in hand, and is read where it is needed, not in order.
 	t.kept, err = o.cache.Open(part.digest, part.size, partFetcher{t}, blobcache.OpenOptions{
-		ChunkSize: part.unit, Origin: part.origin, Beneath: true,
+		ChunkSize: part.unit, Origin: part.origin, Beneath: !part.layer, NoReadahead: !part.layer,
 	})
 	if err != nil {
 		return nil, err

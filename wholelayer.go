@@ -106,7 +106,7 @@ func (o *layerOpener) wholeHolder(s *layerSource, blob *remoteBlob) (*throughCac
 	if err != nil {
 		return nil, err
 	}
-	part := keptPart{digest: blob.Digest().String(), size: blob.Size(), unit: unit, piece: piece, origin: origin("whole")}
+	part := keptPart{digest: blob.Digest().String(), size: blob.Size(), unit: unit, piece: piece, origin: origin("whole"), layer: true}
 	if o.verify == verifyOff {
 		part.origin = origin("whole", plain(blob))
 	}

@@ -14,6 +14,9 @@
 //	OpenArchive        a layout, or docker save's, in a tar     Store
 //	ResolveIn          Store + platform → Image
 //
+// Repository.Keep makes a Store of a repository that keeps what it reads of images
+// beside their layers: what has a digest is asked for once, and offline nothing is.
+//
 // A Blob is the lowest reader of the program: one Fetch is one ranged GET whose
 // answer is checked (status 206, Content-Range, body length, no encoding) and
 // whose body heals itself when the connection breaks. Nothing is cached here;

@@ -18,9 +18,9 @@ var errAbandoned = errors.New("its fetch was given up")
 type Blob struct {
 	store       *store
 	fetcher     Fetcher
-	slots       slots // that its flights take
-	vouched     bool  // see OpenOptions, as is noReadahead
+	vouched     bool // see OpenOptions, as are the next two
 	noReadahead bool
+	beneath     bool
 	verify      func(ctx context.Context, p []byte, off int64) error // may be nil
 	onComplete  func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two
 	completed   bool                                                 // it was called
@@ -32,6 +32,15 @@ type Blob struct {
 	closed  atomic.Bool // set under store.mu, so that no flight begins after Close looked
 	closing sync.Once
 	err     error // of the first Close; guarded by closing
+}
+
+// slots are those that its flights take.
+func (b *Blob) slots() slots {
+	c := b.store.cache
+	if b.beneath {
+		return c.beneath
+	}
+	return slots{c.fetches, c.loads}
 }
 
 // Size is the blob's size in bytes.

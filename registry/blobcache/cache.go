@@ -137,7 +137,7 @@ type OpenOptions struct {
 	// take a tenth of the time.
 	OnComplete func() bool
 	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
-	// slot, so its own flights have others.
+	// slot, so its own flights have others. They have no Label.
 	Beneath bool
 	// NoReadahead has nothing fetched ahead of those who read through this Blob.
 	NoReadahead bool
@@ -278,11 +278,7 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 		c.stores[key] = s
 	}
 	s.refs++
-	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead}
-	b.slots = slots{c.fetches, c.loads}
-	if o.Beneath {
-		b.slots = c.beneath
-	}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
 	s.mu.Lock()

@@ -246,7 +246,7 @@ func (f *flight) fly() error {
 	default:
 		s.counters.fetchesDemand.Add(1)
 	}
-	if label := s.cache.options.Label; label != nil {
+	if label := s.cache.options.Label; label != nil && !b.beneath {
 		ctx = label(ctx, cause)
 	}
 	s.cache.counters.inFlight.Add(1)
@@ -287,7 +287,7 @@ func (f *flight) takeTurn() error {
 	})
 	close(ready)
 	defer check.Stop()
-	if f.turn = f.blob.slots.fetches.Acquire(ctx, 1) == nil; f.turn {
+	if f.turn = f.blob.slots().fetches.Acquire(ctx, 1) == nil; f.turn {
 		return nil
 	}
 	return f.blob.ctx.Err()
@@ -300,7 +300,7 @@ func (s *store) silent() bool { return time.Since(time.Unix(0, s.heard.Load())) 
 func (f *flight) endTurn() {
 	if f.turn {
 		f.turn = false
-		f.blob.slots.fetches.Release(1)
+		f.blob.slots().fetches.Release(1)
 	}
 }
 

@@ -32,10 +32,10 @@ func (f *flight) fromDisk() error {
 				return err
 			}
 			defer release()
-			if err := b.slots.loads.Acquire(b.ctx, 1); err != nil {
+			if err := b.slots().loads.Acquire(b.ctx, 1); err != nil {
 				return err
 			}
-			defer b.slots.loads.Release(1)
+			defer b.slots().loads.Release(1)
 			buffer = s.buffers.Get().(*[]byte)
 			defer s.buffers.Put(buffer)
 		}

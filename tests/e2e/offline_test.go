@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -113,6 +114,7 @@ func TestOfflineCommands(t *testing.T) {
 	s := newSession(t)
 	commands := [][]string{
 		{"ls", "-l"}, {"stat"}, {"check"}, {"dump"}, {"inspect"}, {"cat"}, {"extract"},
+		{"ls", "--platform=linux/amd64"}, // which the configuration says
 	}
 	args := func(command []string, offline bool) []string {
 		all := append([]string{}, command...)
@@ -132,13 +134,13 @@ func TestOfflineCommands(t *testing.T) {
 	}
 	online := map[string]string{}
 	for _, c := range commands {
-		online[c[0]] = s.must(args(c, false)...)
+		online[strings.Join(c, " ")] = s.must(args(c, false)...)
 	}
 	im.Stop()
 	im.ResetStats()
 	for _, c := range commands {
-		if got := s.must(args(c, true)...); got != online[c[0]] {
-			t.Errorf("%s: offline %q, online %q", c[0], got, online[c[0]])
+		if got := s.must(args(c, true)...); got != online[strings.Join(c, " ")] {
+			t.Errorf("%q: offline %q, online %q", c, got, online[strings.Join(c, " ")])
 		}
 		if r := s.run(binary, args(c, false)...); r.code != 1 {
 			t.Errorf("%s without --offline: exit code %d, %q", c[0], r.code, r.stderr)
@@ -155,6 +157,24 @@ func TestOfflineCommands(t *testing.T) {
 	}
 	if n := im.Stats().Requests; n != 0 {
 		t.Errorf("%d requests", n)
+	}
+}
+
+// TestOfflineServe: what was copied once by an NBD client can be copied again.
+func TestOfflineServe(t *testing.T) {
+	require.Has(t, "nbdcopy")
+	im := serveVouched(t, verifiable.Options{Verity: true})
+	s := newSession(t)
+	for i, flags := range [][]string{nil, {"--offline"}} {
+		v := s.serve(append(append([]string{"--nbd", "unix:" + filepath.Join(s.dir, fmt.Sprintf("socket%d", i))}, flags...), im.ref)...)
+		out := filepath.Join(s.dir, fmt.Sprintf("copied%d", i))
+		s.quiet("nbdcopy", v.uri, out)
+		if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got[:im.HashOffset], im.Plain[:im.HashOffset]) {
+			t.Errorf("%q: %d bytes, %v", flags, len(got), err)
+		}
+		must(t, v.cmd.Process.Signal(syscall.SIGTERM))
+		must(t, v.cmd.Wait())
+		im.Stop()
 	}
 }
 

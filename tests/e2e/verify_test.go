@@ -394,9 +394,18 @@ func TestCompressedLayer(t *testing.T) {
 	}
 	s.must("umount", dir)
 	im.SetFault(fakeregistry.Always(fakeregistry.FlipBit(int64(len(im.Data) - 1))).OnBlobs())
-	if r := s.run(binary, "mount", im.ref, dir); r.code == 0 {
+	if r := newSession(t).run(binary, "mount", im.ref, dir); r.code == 0 {
 		t.Error("a changed layer is mounted")
 	}
+	// Who has it is not concerned.
+	im.ResetStats()
+	if r := s.run(binary, "mount", im.ref, dir); r.code != 0 || !strings.Contains(r.stderr, "are decompressed first") || im.Stats().BlobGETs != 0 {
+		t.Fatalf("exit code %d, %q, %+v", r.code, r.stderr, im.Stats())
+	}
+	if lies, failed := readFiles(t, dir); lies+failed > 0 {
+		t.Errorf("from the cache: %d pieces are wrong, %d fail", lies, failed)
+	}
+	s.must("umount", dir)
 }
 
 // await asks again and again, for what no event tells of.
