@@ -115,7 +115,8 @@ const (
 // It has a plan, which it carries out from the beginning whenever something went wrong on the way: what is here by then
 // costs nothing.
 type prefetcher struct {
-	layers []*layerSource // those that are read through the cache
+	layers []*layerSource   // those that are read through the cache
+	sizes  map[string]int64 // that a profile has of them, by digest
 	cache  *blobcache.Cache
 	how    prefetchOptions
 	log    *slog.Logger
@@ -135,10 +136,11 @@ func (o *opened) startPrefetch(how prefetchOptions, log *slog.Logger) {
 	if !how.wanted() || len(o.layers) == 0 {
 		return
 	}
-	p := &prefetcher{cache: o.cache, how: how, log: log}
+	p := &prefetcher{cache: o.cache, how: how, log: log, sizes: map[string]int64{}}
 	for _, l := range o.layers {
 		if l.blob.cached != nil && l.blob.size > 0 { // else it was fetched whole
 			p.layers = append(p.layers, l.blob)
+			p.sizes[l.blob.digest] = l.profileSize()
 		}
 	}
 	p.compare(o.layers)

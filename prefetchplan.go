@@ -113,8 +113,8 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	layers := map[string]*layerSource{}
 	for _, l := range p.layers {
 		layers[l.digest] = l
-		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != l.size {
-			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, l.size)
+		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != p.sizes[l.digest] {
+			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, p.sizes[l.digest])
 		}
 	}
 	var pieces []piece
@@ -127,6 +127,9 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	reads := p.how.profile.Reads(p.how.bytes, unit)
 	for _, r := range reads {
 		l := layers[r.Digest]
+		if r.Len = min(r.Len, l.size-r.Off); r.Len <= 0 {
+			continue // behind what may be read, which may be less than the blob
+		}
 		if last := len(pieces) - 1; last >= 0 && pieces[last].layer == l && pieces[last].off+pieces[last].n == r.Off && pieces[last].n+r.Len <= prefetchPiece {
 			pieces[last].n += r.Len
 		} else {
