@@ -29,6 +29,11 @@ type piece struct {
 	off, n int64
 }
 
+// takes says that the next piece can be fetched with one.
+func (p piece) takes(next piece) bool {
+	return p.layer == next.layer && p.off+p.n == next.off && p.n+next.n <= prefetchPiece
+}
+
 // cutPieces cuts a range where a request of the cache would end.
 func cutPieces(pieces []piece, l *layerSource, off, n int64) []piece {
 	for n > 0 {
@@ -117,7 +122,6 @@ func (p *prefetcher) replay(ctx context.Context) error {
 			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, p.sizes[l.digest])
 		}
 	}
-	var pieces []piece
 	unit := func(digest string) int64 {
 		if l := layers[digest]; l != nil {
 			return l.cached.Unit()
@@ -125,6 +129,7 @@ func (p *prefetcher) replay(ctx context.Context) error {
 		return 0
 	}
 	reads := p.how.profile.Reads(p.how.bytes, unit)
+	var pieces []piece
 	for _, r := range reads {
 		l := layers[r.Digest]
 		if r.Len = min(r.Len, l.size-r.Off); r.Len <= 0 {
@@ -133,9 +138,8 @@ func (p *prefetcher) replay(ctx context.Context) error {
 		if last := len(pieces) - 1; last >= 0 && pieces[last].layer == l && pieces[last].off+pieces[last].n == r.Off && pieces[last].n+r.Len <= prefetchPiece {
 			pieces[last].n += r.Len
 		} else {
-			pieces = cutPieces(pieces, l, r.Off, r.Len)
+			pieces = cutPieces(pieces, l, next.off, next.n)
 		}
-		p.want(r.Len)
 	}
 	if err := p.bring(ctx, pieces); err != nil {
 		return err

@@ -187,7 +187,7 @@ func TestPrefetchMetaOfMkfs(t *testing.T) {
 		{"plain", false, nil},
 		{"lz4", false, []string{"-zlz4"}},
 		{"newest", true, nil},
-		{"fragments", true, []string{"-zlz4hc,3", "-C65536", "-Efragments,dedupe,ztailpacking"}},
+		{"fragments", true, []string{"-zlz4", "-C65536", "-Efragments,ztailpacking"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			image := filepath.Join(t.TempDir(), "image")

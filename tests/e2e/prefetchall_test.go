@@ -311,6 +311,7 @@ func TestPrefetchIsBehind(t *testing.T) {
 func TestPrefetchRate(t *testing.T) {
 	im, s := served(t)
 	const rate, burst = 16 << 20, 4 << 20
+	im.SetBandwidth(1 << 30) // so that what is not read is not sent
 	began := time.Now()
 	dir := s.mount(im.ref, "--prefetch=all", "--prefetch-rate=16MiB")
 	await(t, "all is here", func() bool {
@@ -324,5 +325,56 @@ func TestPrefetchRate(t *testing.T) {
 	size := im.Stats().BlobBytes
 	if took, least := time.Since(began), time.Duration(float64(size-burst-2<<20)/rate*float64(time.Second)); took < least || took > 4*least {
 		t.Errorf("%d bytes took %v, at least %v are right", size, took, least)
+	}
+}
+
+// TestPrefetchRecorded: what was recorded of a run is all that the run needs, and the walk for metadata is no part of it.
+func TestPrefetchRecorded(t *testing.T) {
+	im, s := served(t)
+	file := filepath.Join(s.dir, "run.profile")
+	run := func(dir string) {
+		t.Helper()
+		for _, name := range []string{"small/3/1003", deepFile, "small/19/39"} {
+			if _, err := os.ReadFile(filepath.Join(dir, name)); err != nil {
+				t.Error(err)
+			}
+		}
+		f, err := os.Open(filepath.Join(dir, bigFile))
+		must(t, err)
+		shows(t, f, bigSize/2, "in the middle")
+		must(t, f.Close())
+	}
+	dir := s.mount(im.ref, "--record="+file, "--prefetch=meta")
+	s.prefetched(dir, backend.PrefetchDone)
+	run(dir)
+	s.must("umount", dir)
+	recorded, err := profile.ReadFile(file)
+	must(t, err)
+	if len(recorded.Blobs) != 1 || recorded.Blobs[0].Bytes() > 8*chunk {
+		t.Errorf("recorded: %+v", recorded)
+	}
+
+	other := newSession(t)
+	dir = other.mount(im.ref, "--prefetch="+file)
+	other.prefetched(dir, backend.PrefetchDone)
+	im.Stop()
+	run(dir)
+}
+
+// TestPrefetchMetaNoRoom: metadata that does not fit into the cache is fetched as far as it does, and listing goes on.
+func TestPrefetchMetaNoRoom(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "go.erofs")
+	im, s := served(t)
+	if r := s.run(binary, "build", "-o", image, goTree(t)); r.code != 0 {
+		t.Fatal(r.stderr)
+	}
+	pushFile(t, im.URL(), "net/tree:v1", image)
+	dir, said := s.mountSaying(im.Addr()+"/net/tree:v1", "--cache-size=4MiB", "--prefetch=meta")
+	st := s.prefetched(dir, backend.PrefetchStopped)
+	if st.Error == "" || !strings.Contains(said(), "no room") {
+		t.Errorf("%+v: %q", st, said())
+	}
+	if got := s.run("ls", "-lR", dir); got.code != 0 || got.stderr != "" || strings.Count(got.stdout, "\n") < 16_000 {
+		t.Errorf("ls -lR: %d, %s", got.code, got.stderr)
 	}
 }
