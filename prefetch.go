@@ -115,8 +115,8 @@ const (
 // It has a plan, which it carries out from the beginning whenever something went wrong on the way: what is here by then
 // costs nothing.
 type prefetcher struct {
-	layers []*layerSource   // those that are read through the cache
-	sizes  map[string]int64 // that a profile has of them, by digest
+	layers []*layerSource         // those that are read through the cache
+	sizes  map[*layerSource]int64 // as profiles have them
 	cache  *blobcache.Cache
 	how    prefetchOptions
 	log    *slog.Logger
@@ -136,11 +136,11 @@ func (o *opened) startPrefetch(how prefetchOptions, log *slog.Logger) {
 	if !how.wanted() || len(o.layers) == 0 {
 		return
 	}
-	p := &prefetcher{cache: o.cache, how: how, log: log, sizes: map[string]int64{}}
-	for _, l := range o.layers {
+	p := &prefetcher{cache: o.cache, how: how, log: log, sizes: map[*layerSource]int64{}}
+	for i := range o.layers {
+		l := &o.layers[i]
 		if l.blob.cached != nil && l.blob.size > 0 { // else it was fetched whole
-			p.layers = append(p.layers, l.blob)
-			p.sizes[l.blob.digest] = l.profileSize()
+			p.layers, p.sizes[l.blob] = append(p.layers, l.blob), l.profileSize()
 		}
 	}
 	p.compare(o.layers)

@@ -118,8 +118,8 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	layers := map[string]*layerSource{}
 	for _, l := range p.layers {
 		layers[l.digest] = l
-		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != p.sizes[l.digest] {
-			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, p.sizes[l.digest])
+		if recorded, ok := p.how.profile.Blob(l.digest); ok && recorded.Size != p.sizes[l] {
+			return stopf("the profile %s says that %s has %d bytes, and it has %d", p.how.mode, l.digest, recorded.Size, p.sizes[l])
 		}
 	}
 	unit := func(digest string) int64 {
@@ -132,11 +132,10 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	var pieces []piece
 	for _, r := range reads {
 		l := layers[r.Digest]
-		if r.Len = min(r.Len, l.size-r.Off); r.Len <= 0 {
-			continue // behind what may be read, which may be less than the blob
-		}
-		if last := len(pieces) - 1; last >= 0 && pieces[last].layer == l && pieces[last].off+pieces[last].n == r.Off && pieces[last].n+r.Len <= prefetchPiece {
-			pieces[last].n += r.Len
+		next := piece{l, r.Off, min(r.Len, l.cached.Size()-r.Off)} // the blob may have something behind that
+		p.want(max(next.n, 0))
+		if last := len(pieces) - 1; last >= 0 && pieces[last].takes(next) {
+			pieces[last].n += next.n
 		} else {
 			pieces = cutPieces(pieces, l, next.off, next.n)
 		}
