@@ -132,7 +132,7 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	var pieces []piece
 	for _, r := range reads {
 		l := layers[r.Digest]
-		next := piece{l, r.Off, min(r.Len, l.cached.Size()-r.Off)} // the blob may have something behind that
+		next := piece{l, r.Off, min(r.Len, l.size-r.Off)} // the blob may have something behind that
 		p.want(max(next.n, 0))
 		if last := len(pieces) - 1; last >= 0 && pieces[last].takes(next) {
 			pieces[last].n += next.n
