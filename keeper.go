@@ -59,7 +59,7 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if err != nil {
 		return err
 	}
-	keep.PrefetchRate = s.prefetch.bytesPerSecond
+	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, s.prefetch.atOnce()
 	s.meter.measureCache(&keep)
 	if s.offline {
 		keep.Readahead = -1

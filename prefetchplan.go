@@ -19,6 +19,9 @@ const (
 	// prefetchAtOnce is how many pieces are asked for at a time. It is as many as the cache fetches: with more, those that
 	// come later might be first.
 	prefetchAtOnce = 2
+	// replayAtOnce is the same for a profile, whose pieces are small, and wanted in their order: a reader that follows it
+	// is not to come to a piece that was not asked for. It leaves some of --max-conns-per-host to readers.
+	replayAtOnce = 6
 	// metadataAtOnce is of how many layers the metadata is looked for side by side: it is round trips that cost time there.
 	metadataAtOnce = 4
 )
@@ -140,6 +143,11 @@ func (p *prefetcher) replay(ctx context.Context) error {
 			pieces = cutPieces(pieces, l, next.off, next.n)
 		}
 	}
+	if p.how.bytesPerSecond == 0 { // else it may take long, and readers want other things meanwhile
+		for _, l := range p.layers {
+			defer l.cached.HoldReadahead()()
+		}
+	}
 	if err := p.bring(ctx, pieces); err != nil {
 		return err
 	}
@@ -251,7 +259,7 @@ func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
 // error ends it.
 func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(prefetchAtOnce)
+	group.SetLimit(p.how.atOnce())
 	for _, next := range pieces {
 		if ctx.Err() != nil {
 			break
