@@ -32,12 +32,8 @@ func Diff(a, b *Profile) []Difference {
 		all = append(all, d)
 	}
 	// What only one has leaves gaps in its order.
-	for _, p := range []*Profile{{bothA}, {bothB}} {
-		for _, blob := range p.Blobs {
-			slices.SortFunc(blob.Reads, compareReads)
-		}
-		p.renumber()
-	}
+	(&Profile{bothA}).renumber()
+	(&Profile{bothB}).renumber()
 	for i := range all {
 		all[i].Order = !slices.Equal(bothA[i].Reads, bothB[i].Reads)
 	}

@@ -17,7 +17,7 @@ const version = 1
 // What is refused before it takes memory: a read has 30 bytes of a file at most, mostly.
 const (
 	maxFile  = 64 << 20
-	maxReads = 2 << 20
+	maxReads = 1 << 20
 	maxBlobs = 10_000
 )
 

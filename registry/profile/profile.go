@@ -18,10 +18,11 @@ type Profile struct {
 type Blob struct {
 	Digest string
 	Size   int64
-	Reads  []Read // by order, then by offset; no byte is in two of them
+	Reads  []Read // by order; no byte is in two of them
 }
 
-// A Read is bytes of a blob, and when they were first wanted: after those of a lower order, in any of the blobs.
+// A Read is bytes of a blob, and when they were first wanted: after those of a lower order, in any of the blobs. No two
+// have the same order.
 type Read struct {
 	Order    int
 	Off, Len int64
@@ -36,7 +37,8 @@ type Range struct {
 // maxOrder bounds orders on their way in, so that they can be added.
 const maxOrder = 1<<31 - 1
 
-// New makes a profile of blobs whose reads may overlap and come in any order. A byte in several has the lowest order.
+// New makes a profile of blobs whose reads may overlap, come one after the other in any way, and have the same order:
+// then the digest and the offset decide. A byte in several has the lowest order.
 func New(blobs []Blob) (*Profile, error) {
 	p := &Profile{}
 	for _, b := range blobs {
@@ -92,22 +94,32 @@ func checkDigest(digest string) error {
 	return nil
 }
 
-// renumber makes the orders 0, 1, 2, … without a gap.
+// renumber makes the orders 0, 1, 2, …: the places of the reads in the sequence of all. Reads that follow each other there
+// and in their blob become one. So there is one way only to say the same.
 func (p *Profile) renumber() {
-	var orders []int
-	for _, b := range p.Blobs {
-		for _, r := range b.Reads {
-			if n := len(orders); n == 0 || orders[n-1] != r.Order {
-				orders = append(orders, r.Order)
-			}
-		}
+	type step struct {
+		blob int
+		Read
 	}
-	slices.Sort(orders)
-	orders = slices.Compact(orders)
-	for _, b := range p.Blobs {
-		for i := range b.Reads {
-			b.Reads[i].Order, _ = slices.BinarySearch(orders, b.Reads[i].Order)
+	var all []step
+	for i := range p.Blobs {
+		for _, r := range p.Blobs[i].Reads {
+			all = append(all, step{i, r})
 		}
+		p.Blobs[i].Reads = nil
+	}
+	slices.SortFunc(all, func(a, b step) int {
+		return cmp.Or(cmp.Compare(a.Order, b.Order), cmp.Compare(a.blob, b.blob), cmp.Compare(a.Off, b.Off))
+	})
+	order, last := -1, -1
+	for _, s := range all {
+		reads := &p.Blobs[s.blob].Reads
+		if n := len(*reads); s.blob == last && (*reads)[n-1].Off+(*reads)[n-1].Len == s.Off {
+			(*reads)[n-1].Len += s.Len
+			continue
+		}
+		order, last = order+1, s.blob
+		*reads = append(*reads, Read{order, s.Off, s.Len})
 	}
 }
 

@@ -72,7 +72,7 @@ func TestMerge(t *testing.T) {
 	}{
 		{nil, `{"version":1,"blobs":{}}`},
 		{[]*Profile{a}, `{"version":1,"blobs":{"A":{"size":100,"reads":[[0,50,10],[1,0,10]]}}}`},
-		{[]*Profile{a, b}, `{"version":1,"blobs":{"A":{"size":100,"reads":[[0,50,10],[1,0,10],[2,10,10],[4,40,10],[4,60,20]]},"B":{"size":9,"reads":[[3,0,9]]}}}`},
+		{[]*Profile{a, b}, `{"version":1,"blobs":{"A":{"size":100,"reads":[[0,50,10],[1,0,20],[3,40,10],[4,60,20]]},"B":{"size":9,"reads":[[2,0,9]]}}}`},
 		{[]*Profile{b, a}, `{"version":1,"blobs":{"A":{"size":100,"reads":[[0,0,20],[2,40,40]]},"B":{"size":9,"reads":[[1,0,9]]}}}`},
 		{[]*Profile{a, a, a}, `{"version":1,"blobs":{"A":{"size":100,"reads":[[0,50,10],[1,0,10]]}}}`},
 	} {

@@ -1,6 +1,7 @@
 package profile
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"sync"
@@ -17,13 +18,18 @@ type Recorder struct {
 	regions []region   // in the order of their first touch
 }
 
-// A region is 4 MiB of a blob, or as many whole units as fit in.
+// A region is 2 MiB of a blob, or as many whole units as fit in: of these it is known when they were first touched.
 type region struct {
 	blob *Touches
 	n    int64
 }
 
-const regionSize = 4 << 20
+const (
+	regionSize = 2 << 20
+	// span is in how much of a blob regions lie, at most, of which it does not count which one was touched first, if they
+	// were touched one after the other.
+	span = 2 * regionSize
+)
 
 // NewRecorder begins a recording, or goes on with one where from is not nil.
 func NewRecorder(from *Profile) *Recorder {
@@ -146,14 +152,26 @@ func (r *Recorder) order() []region {
 			order = append(order, g)
 		}
 	}
-	rest := order[heads:]
-	for i := 0; i+1 < len(rest); i++ {
-		if rest[i].blob == rest[i+1].blob && rest[i].n == rest[i+1].n+1 {
-			rest[i], rest[i+1] = rest[i+1], rest[i]
-			i++
+	for rest := order[heads:]; len(rest) > 0; {
+		n := near(rest)
+		slices.SortFunc(rest[:n], func(a, b region) int { return cmp.Compare(a.n, b.n) })
+		rest = rest[n:]
+	}
+	return order
+}
+
+// near says how many regions, from the first on, lie in one span of the same blob.
+func near(regions []region) (n int) {
+	first := regions[0]
+	most := max(span/(first.blob.perRegion*first.blob.unit), 1)
+	low, high := first.n, first.n
+	for n = 1; n < len(regions); n++ {
+		low, high = min(low, regions[n].n), max(high, regions[n].n)
+		if regions[n].blob != first.blob || high-low >= most {
+			break
 		}
 	}
-	return slices.Clip(order)
+	return n
 }
 
 // A bitmap is read without a lock.

@@ -54,6 +54,7 @@ var inside = map[string]group{
 		{"Program", testProgram},
 		{"Supervised", testSupervised},
 		{"OverlayReattached", testOverlayReattached},
+		{"RecordReattached", testRecordReattached},
 		{"LocalReattached", testLocalReattached},
 		{"Verified", testVerified},
 	}},
