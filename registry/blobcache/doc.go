@@ -32,6 +32,31 @@
 // What other blobs are verified by may lie here, too (see OpenOptions.Beneath). A flight that has a slot then waits for a
 // read of that blob, whose flights therefore have slots of their own, so that those are never all taken by who waits.
 //
+// # In the background
+//
+// Blob.Prefetch brings what nobody waits for yet, and may never do so, behind all who wait:
+//
+//	a reader waits, in any blob of the cache ── no flight of the background begins
+//	                                            those under way stop reading their bodies, for 2 s at most
+//	for a chunk of one that has not begun ───── the reader has a flight of his own, and the chunk is left out
+//	for chunks of those under way only ──────── they go on, at no limit, until the chunks are there
+//	                                            others may begin, and read until the body of one of these is there
+//
+// A prefetch goes through its range in pieces of up to 4 MiB, or of a second's bytes where there is a rate. Its flights
+// have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
+// as they begin, what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their
+// failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes are not
+// counted; they wait for the lock of a chunk no longer than a pause and a piece take.
+//
+// A pause is that nobody reads from the body: what the kernel has room for still comes, and then the server waits. A
+// Fetcher that bounds the time without progress must count only the time inside Read, as package registry does; a
+// pause is not taken for a silence of the server here, either. The most that a pause costs is that the server breaks
+// off, for which 2 s are no reason to any that we know: then the Fetcher asks for the rest, or the flight fails. A flight
+// that has paused for so long altogether goes on beside the readers, but no other one begins.
+//
+// What is prefetched may evict only what was last used before the prefetches began: not what another one brought a
+// moment ago, nor what was read meanwhile. Where that does not do, or the disk is full, Prefetch ends with ErrNoRoom.
+//
 // # On disk
 //
 // The directory is its owner's alone. It has a file for each blob, unit and origin, named after the digest, the unit and

@@ -37,20 +37,19 @@ func (b *Blob) Unit() int64 { return b.store.chunkSize }
 // prefetchAll goes over the chunks until all are there. What could be had the next time is tried anew, a few times
 // where that gets nowhere.
 func (b *Blob) prefetchAll(ctx context.Context, first, end int64) error {
-	for tries := 0; ; {
+	for tries, stuck := 0, int64(-1); ; tries++ {
 		p := &prefetch{blob: b, next: first, end: end, again: end}
 		if err := p.pass(ctx); err != nil {
 			return err
 		}
-		switch {
-		case p.again == end:
+		if p.again == end {
 			return nil
-		case p.again > first:
-			tries = 0
-		case tries == maxRefetches:
+		}
+		if p.again > stuck {
+			tries, stuck = 0, p.again
+		}
+		if tries == maxRefetches {
 			return p.why
-		default:
-			tries++
 		}
 		first = p.again
 	}

@@ -34,6 +34,7 @@ type errand struct {
 	Reads    int // 0: no end
 	Most     int // the longest read
 	Seed     uint64
+	Prefetch bool // all of it, beside the readers
 }
 
 // errandOptions are what of a cache's options another process can be told.
@@ -63,11 +64,18 @@ func runChild(encoded string) error {
 		return err
 	}
 	fmt.Println("reading")
-	errs := make(chan error, e.Readers)
+	errs := make(chan error, e.Readers+1)
+	go func() {
+		if !e.Prefetch {
+			errs <- nil
+			return
+		}
+		errs <- b.Prefetch(ctx, 0, b.Size())
+	}()
 	for i := range e.Readers {
 		go func() { errs <- e.read(b, content, uint64(i)) }()
 	}
-	for range e.Readers {
+	for range e.Readers + 1 {
 		err = errors.Join(err, <-errs)
 	}
 	return errors.Join(err, b.Close(), c.Close())
