@@ -178,6 +178,26 @@ func TestMeterAgrees(t *testing.T) {
 	}
 }
 
+// TestMeterPrefetch: what is fetched in the background is told apart, at the cache and at the
+// registry.
+func TestMeterPrefetch(t *testing.T) {
+	m, r, want := metered(t, "")
+	must(t, r.cached.Prefetch(t.Context(), 0, int64(len(want))))
+	sum := sums(t, m)
+	if n := sum("cache_fetched_bytes_total", "cause=prefetch"); n != float64(len(want)) && n != float64(r.cached.Size()) {
+		t.Errorf("%v bytes were prefetched of %d", n, len(want))
+	}
+	if n := sum("registry_received_bytes_total", "cause=prefetch"); n < float64(len(want)) {
+		t.Errorf("%v bytes were received for it", n)
+	}
+	if n := sum("cache_fetches_total", "cause=prefetch"); n == 0 || n != sum("registry_requests_total", "cause=prefetch") || n != sum("cache_fetches_total") {
+		t.Errorf("%v fetches: %s", n, m.text())
+	}
+	if n := sum("cache_reads_total") + sum("cache_read_wait_seconds"); n != 0 {
+		t.Errorf("%v reads", n)
+	}
+}
+
 // sums adds up the samples of a name that have the labels, as they are now.
 func sums(t *testing.T, m *metering) func(name string, labels ...string) float64 {
 	t.Helper()
