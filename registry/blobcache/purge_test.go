@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"sync"
 	"testing"
 )
 
@@ -54,6 +55,43 @@ func TestPurge(t *testing.T) {
 	if err := errors.Join(b.Purge(), b.Close()); err != nil || kept(t, c) != 4*cs {
 		t.Errorf("a second purge took %d bytes of another file, %v", 4*cs-kept(t, c), err)
 	}
+}
+
+// TestPurgeWhileOthersWrite: what is counted at a purge is never less than what is there or being written, whoever
+// writes meanwhile.
+func TestPurgeWhileOthersWrite(t *testing.T) {
+	const blobs = 20
+	c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
+	written := newServer(blobs * 16 * cs)
+	b := openBlob(t, c, written)
+	var writers sync.WaitGroup
+	for i := range int64(4) {
+		writers.Go(func() {
+			for chunk := i; chunk < blobs*16; chunk += 4 {
+				if err := readNow(ctx, b, written, chunk*cs, cs); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	s := newServer(2 * cs)
+	for range blobs {
+		bad := openWith(t, c, s, OpenOptions{Origin: "bad"})
+		if err := errors.Join(readNow(ctx, bad, s, 0, 2*cs), bad.Purge(), bad.Close()); err != nil {
+			t.Error(err)
+		}
+		err := c.space.locked(ctx, func() error {
+			there, err := c.occupied()
+			if used, ok := c.space.read(); !ok || used < there {
+				t.Errorf("%d bytes are counted, %v, and %d are there", used, ok, there)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	writers.Wait()
 }
 
 // A blob that is purged while another process reads it is left to that one, which can read and complete it; but

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,11 +31,25 @@ type space struct {
 	free  int64 // to be left free in the file system
 	grant int64
 
-	mu      sync.Mutex // goes with the lock of the directory, which is the file's and not a goroutine's
-	taking  sync.Mutex // guards what follows
-	left    int64      // granted, not used yet
-	writing int64      // used, but may not be in the files yet
-	refused time.Time  // until when there is no room
+	mu      sync.Mutex   // goes with the lock of the directory, which is the file's and not a goroutine's
+	taking  sync.Mutex   // guards what follows; who only counts reads the numbers without it
+	left    atomic.Int64 // granted, not used yet
+	writing atomic.Int64 // used, but may not be in the files yet
+	refused time.Time    // until when there is no room
+}
+
+// use has n bytes of what is left be written, and unuse says that they are. The one is added to before the other is
+// taken from, so that who counts meanwhile finds too much rather than too little.
+func (s *space) use(n int64) {
+	s.writing.Add(n)
+	s.left.Add(-n)
+}
+
+func (s *space) unuse(n int64, kept bool) {
+	if !kept {
+		s.left.Add(n)
+	}
+	s.writing.Add(-n)
 }
 
 const (
@@ -142,15 +157,21 @@ func (s *space) lockedWithin(ctx context.Context, limit time.Duration, f func() 
 func (s *space) take(n, before int64) error {
 	s.taking.Lock()
 	defer s.taking.Unlock()
-	if s.left >= n {
-		s.left, s.writing = s.left-n, s.writing+n
+	if s.left.Load() >= n {
+		s.use(n)
 		return nil
 	}
 	if time.Now().Before(s.refused) {
 		return ErrNoRoom
 	}
 	more := max(n, s.grant)
-	err := s.lockedWithin(s.c.ctx, grantPatience, func() error { return s.refill(more, before) })
+	err := s.lockedWithin(s.c.ctx, grantPatience, func() error {
+		if err := s.refill(more, before); err != nil {
+			return err
+		}
+		s.left.Add(more)
+		return nil
+	})
 	if errors.Is(err, errLocked) {
 		s.refused = time.Now().Add(longFor)
 		return fmt.Errorf("%w: %w", ErrNoRoom, errNobody)
@@ -161,7 +182,7 @@ func (s *space) take(n, before int64) error {
 		}
 		return err
 	}
-	s.left, s.writing = s.left+more-n, s.writing+n
+	s.use(n)
 	return nil
 }
 
@@ -169,10 +190,7 @@ func (s *space) take(n, before int64) error {
 func (s *space) wrote(n int64, kept bool) {
 	s.taking.Lock()
 	defer s.taking.Unlock()
-	s.writing -= n
-	if !kept {
-		s.left += n
-	}
+	s.unuse(n, kept)
 }
 
 // refill grants n bytes, and makes room for them where there is none. The caller has the directory's lock.
@@ -223,6 +241,7 @@ func (s *space) short(used, n int64) (int64, error) {
 
 // count looks how much the files take. The caller has the directory's lock.
 func (s *space) count() error {
+	mine := s.left.Load() + s.writing.Load() // before the files are looked at: what gets there meanwhile counts twice
 	sum, err := s.c.occupied()
 	if err != nil {
 		return err
@@ -231,7 +250,7 @@ func (s *space) count() error {
 	if err != nil {
 		return err
 	}
-	return s.write(sum + others*s.grant + s.left + s.writing)
+	return s.write(sum + others*s.grant + mine)
 }
 
 func (s *space) read() (used int64, ok bool) {
@@ -263,8 +282,7 @@ func (s *space) less(freed int64) error {
 // close gives back what was granted and not used.
 func (s *space) close() error {
 	s.taking.Lock()
-	left := s.left
-	s.left = 0
+	left := s.left.Swap(0)
 	s.taking.Unlock()
 	var err error
 	if left > 0 {
