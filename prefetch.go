@@ -53,7 +53,6 @@ func (o *prefetchOptions) atOnce() int {
 // readPrefetchOptions checks the flags of a command that has the prefetchFlags. A profile is read now: what is wrong with
 // it is said before anything is mounted.
 func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
-	// --offline, where a command has it, belongs here: nothing can be fetched then.
 	o = prefetchOptions{mode: c.String("prefetch"), rate: c.String("prefetch-rate"), budget: c.String("prefetch-budget")}
 	switch {
 	case c.IsSet("prefetch") && o.mode == "":
@@ -63,6 +62,9 @@ func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
 	}
 	if !o.wanted() && (o.rate != "" || o.budget != "") {
 		return o, usagef("--prefetch-rate and --prefetch-budget go with --prefetch=meta, all or a profile")
+	}
+	if o.wanted() && c.Bool("offline") {
+		return o, usagef("--offline and --prefetch=%s exclude each other: nothing can be fetched", o.mode)
 	}
 	if o.isFile() {
 		// A server in the background has another working directory.
@@ -131,6 +133,7 @@ type prefetcher struct {
 
 	cancel context.CancelFunc
 	done   sync.WaitGroup
+	warned bool // of trouble; only the goroutine looks
 
 	mu      sync.Mutex // guards what follows
 	status  backend.PrefetchStatus
@@ -197,14 +200,19 @@ func (p *prefetcher) run(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
+			if p.warned {
+				p.log.Warn("what was to be fetched in the background is here")
+			} else {
+				p.log.Info("what was to be fetched in the background is here")
+			}
 			p.end(backend.PrefetchDone, nil)
 			return
+		case errors.Is(err, errBudget):
+			p.log.Info("no more is fetched in the background", "err", err)
+			p.end(backend.PrefetchStopped, err)
+			return
 		case errors.As(err, &stop), errors.Is(err, blobcache.ErrNoRoom):
-			level := slog.LevelWarn
-			if errors.Is(err, errBudget) {
-				level = slog.LevelInfo
-			}
-			p.log.Log(ctx, level, "no more is fetched in the background", "prefetch", p.how.mode, "err", err)
+			p.log.Warn("no more is fetched in the background", "err", err)
 			p.end(backend.PrefetchStopped, err)
 			return
 		}
@@ -245,7 +253,8 @@ func (p *prefetcher) trouble(err error) (came bool) {
 	p.unlucky = true
 	p.mu.Unlock()
 	if came {
-		p.log.Warn("what could not be fetched in the background is tried again later", "prefetch", p.how.mode, "err", err)
+		p.warned = true
+		p.log.Warn("what could not be fetched in the background is tried again later", "err", err)
 	}
 	return came
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -9,11 +10,154 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/erofsfmt"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
+	"github.com/erofs-oci/erofs-oci/tests/corpus"
+	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
+	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
+
+// Nothing can be fetched where nothing may be asked for.
+func TestPrefetchOffline(t *testing.T) {
+	for args, want := range map[string]string{
+		"--prefetch=all --offline": "--offline and --prefetch=all exclude each other", "--prefetch=none --offline": "", "--offline": "", "--prefetch=meta": "",
+	} {
+		app := &cli.App{Flags: append(prefetchFlags(), &cli.BoolFlag{Name: "offline"}), Action: func(c *cli.Context) error {
+			_, err := readPrefetchOptions(c)
+			return err
+		}}
+		err := app.Run(append([]string{"test"}, strings.Fields(args)...))
+		if want == "" && err != nil || want != "" && (err == nil || exitCode(err) != exitUsage || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", args, err, want)
+		}
+	}
+}
+
+// prefetching has a layer fetched in the background until the test ends.
+func (r *reader) prefetching(how prefetchOptions) *prefetcher {
+	r.t.Helper()
+	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}}}
+	o.startPrefetch(how, slog.New(slog.DiscardHandler))
+	r.t.Cleanup(o.prefetch.Close)
+	return o.prefetch
+}
+
+// Everything that can be read of a layer is fetched once, whatever it is verified by, and no more.
+func TestPrefetchKinds(t *testing.T) {
+	kinds := vouchedKinds()
+	kinds["nothing"] = verifiable.Options{}
+	for name, kind := range kinds {
+		t.Run(name, func(t *testing.T) {
+			const size = 3 << 20
+			p := push(t, verifiable.Make(t, imageBytes(size), kind), false)
+			r, err := p.open(t, verifyAuto)
+			must(t, err)
+			_, opening := p.gets()
+			f := r.prefetching(prefetchOptions{mode: prefetchAll})
+			f.done.Wait()
+			if st := f.Status(); st.State != backend.PrefetchDone || st.Fetched != r.Size() || st.Wanted != r.Size() {
+				t.Errorf("%+v of %d bytes", st, r.Size())
+			}
+			gets, sent := p.gets()
+			// Chunks of an odd index are more than the cache wants, at both ends.
+			most := int64(len(p.Data))
+			if strings.Contains(name, "odd") {
+				most += int64(2 * gets * 50_001)
+			}
+			if sent-opening > most {
+				t.Errorf("%d bytes came of a blob of %d", sent-opening, len(p.Data))
+			}
+			if failed := r.readAll(p.Plain[:r.Size()], 100_000); failed > 0 {
+				t.Errorf("%d reads failed", failed)
+			}
+			if now, _ := p.gets(); now != gets {
+				t.Errorf("reading took %d GETs", now-gets)
+			}
+		})
+	}
+}
+
+// What is in the budget is fetched, to the last chunk that fits, and nothing else; what is here costs nothing.
+func TestPrefetchBudget(t *testing.T) {
+	const size = 10<<20 + 5
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: testChunk}), false)
+	for _, c := range []struct{ here, budget, want int64 }{
+		{0, 1, 0}, {0, testChunk - 1, 0}, {0, testChunk, testChunk}, {0, 5<<20 + 1000, 5 << 20}, {0, size - 1, size - 5}, {0, size, size}, {0, size + 1, size},
+		{2 << 20, 3 << 20, 5 << 20},
+	} {
+		r, err := p.open(t, verifyAuto)
+		must(t, err)
+		must(t, r.cached.Prefetch(t.Context(), 0, c.here))
+		f := r.prefetching(prefetchOptions{mode: prefetchAll, bytes: c.budget})
+		f.done.Wait()
+		st, here := f.Status(), size-r.absent(0, size)
+		// The first chunk is looked at for metadata, of which there is none.
+		if want := c.want; here != want {
+			t.Errorf("%+v: %d bytes are here, want %d: %+v", c, here, want, st)
+		}
+		if over := c.want < size; (st.State == backend.PrefetchStopped) != over || over && !strings.Contains(st.Error, "--prefetch-budget") {
+			t.Errorf("%+v: %+v", c, st)
+		}
+		must(t, r.Close())
+	}
+}
+
+// Metadata that is wrong does not keep the rest of it from being fetched, and is fetched when it is right.
+func TestPrefetchWrongMetadata(t *testing.T) {
+	im := corpus.Get(t, "plain")
+	b := verifiable.Make(t, im.Data, verifiable.Options{Chunk: 4096})
+	p := push(t, b, false)
+	r, err := p.open(t, verifyAuto)
+	must(t, err)
+	var pages []erofsfmt.Range
+	_, err = erofsfmt.LoadMetadata(t.Context(), memorySource(im.Data), erofsfmt.MetadataOptions{Gap: -1},
+		func(_ context.Context, all []erofsfmt.Range) error { pages = append(pages, all...); return nil })
+	must(t, err)
+	// One of those that were asked for last: nothing is found by way of it.
+	last := pages[len(pages)-1]
+	bad := last.Off + last.Len - 4096
+	p.registry.SetFault(fakeregistry.Always(fakeregistry.FlipBit(bad)).OnBlobs())
+	f := r.prefetching(prefetchOptions{mode: prefetchMeta})
+	reaches := func(state backend.PrefetchState) {
+		t.Helper()
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for deadline := time.Now().Add(20 * time.Second); f.Status().State != state; <-tick.C {
+			if time.Now().After(deadline) {
+				t.Fatalf("%+v, want %s", f.Status(), state)
+			}
+		}
+	}
+	reaches(backend.PrefetchWaiting)
+	for _, page := range pages {
+		for off := page.Off; off < page.Off+page.Len; off += 4096 {
+			if missing := r.absent(off, 4096) > 0; missing != (off == bad) {
+				t.Errorf("the page at %d: missing %v", off, missing)
+			}
+		}
+	}
+	p.registry.SetFault(nil)
+	f.done.Wait()
+	if st := f.Status(); st.State != backend.PrefetchDone || r.absent(bad, 4096) > 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// memorySource is an image in memory.
+type memorySource []byte
+
+func (m memorySource) Size() int64 { return int64(len(m)) }
+
+func (m memorySource) ReadAt(_ context.Context, p []byte, off int64) error {
+	copy(p, m[off:])
+	return nil
+}
 
 // What a mount was told is what another server of it does; without its profile that fetches nothing, and says so.
 func TestRecordedPrefetch(t *testing.T) {

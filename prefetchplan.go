@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -102,7 +104,7 @@ func (p *prefetcher) compare(layers []openedLayer) {
 	for _, l := range layers {
 		known[l.blob.digest] = true
 		if _, ok := p.how.profile.Blob(l.blob.digest); !ok {
-			p.log.Debug("the profile does not know a layer", "profile", p.how.mode, "blob", l.blob.digest)
+			p.log.Debug("the profile does not know a layer", "file", p.how.mode, "blob", l.blob.digest)
 		}
 	}
 	var others []string
@@ -112,7 +114,7 @@ func (p *prefetcher) compare(layers []openedLayer) {
 		}
 	}
 	if len(others) > 0 {
-		p.log.Warn("the profile has blobs that are not of this image; they are left out", "profile", p.how.mode, "count", len(others), "first", others[0])
+		p.log.Warn("the profile has blobs that are not of this image; they are left out", "file", p.how.mode, "blob", strings.Join(others, " "))
 	}
 }
 
@@ -193,8 +195,7 @@ func (p *prefetcher) metadataOf(ctx context.Context, l *layerSource) (err error)
 			}
 			return p.bringAll(ctx, pieces, func(bad piece) { src.bad = append(src.bad, bad) })
 		})
-	p.log.Debug("metadata", "blob", l.digest, "requests", stats.Rounds, "bytes", stats.Bytes, "directories", stats.Dirs,
-		"entries", stats.Entries, "faults", stats.Faults, "unread", stats.Unread, "stopped", stats.Stopped, "err", err)
+	p.log.Debug("the metadata of a layer was fetched", "blob", l.digest, "bytes", stats.Bytes, "err", errors.Join(err, stats.Err))
 	var format *erofsfmt.FormatError
 	switch {
 	case errors.As(err, &format):
@@ -256,17 +257,21 @@ func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
 }
 
 // bringAll is bring for who wants to know what turned out to be wrong. That is left out, for the next time; any other
-// error ends it.
+// error ends it, when what has begun has ended.
 func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
-	group, ctx := errgroup.WithContext(ctx)
+	var group errgroup.Group
 	group.SetLimit(p.how.atOnce())
+	var failed atomic.Bool
 	for _, next := range pieces {
-		if ctx.Err() != nil {
-			break
-		}
 		group.Go(func() error {
+			if failed.Load() {
+				return nil
+			}
 			err := p.bringPiece(ctx, next)
 			if !isRefused(err) {
+				if err != nil {
+					failed.Store(true)
+				}
 				return err
 			}
 			p.setAside(err)

@@ -218,7 +218,7 @@ func TestPrefetchInterrupted(t *testing.T) {
 	if st = s.prefetched(dir, backend.PrefetchDone); st.Fetched != size || st.Error != "" {
 		t.Errorf("%+v", st)
 	}
-	if log := s.serverLog(dir); strings.Count(log, "tried again later") != 1 {
+	if log := s.serverLog(dir); strings.Count(log, "tried again later") != 1 || strings.Count(log, "is here") != 1 {
 		t.Errorf("the log is %q", log)
 	}
 	im.Stop()
