@@ -59,11 +59,11 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if err != nil {
 		return err
 	}
+	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, s.prefetch.atOnce()
+	s.meter.measureCache(&keep)
 	if s.offline {
 		keep.Readahead = -1
 	}
-	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, prefetchAtOnce
-	s.meter.measureCache(&keep)
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err

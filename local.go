@@ -84,7 +84,7 @@ func (r imageRef) hint(err error) error {
 
 // localOptions checks the flags that go with an image in a file.
 func (s *sourceOptions) localOptions(c *cli.Context) error {
-	for _, f := range append(sourceFlags(), append(prefetchFlags(), recordFlag())...) {
+	for _, f := range append(append(sourceFlags(), recordFlag()), prefetchFlags()...) {
 		if name := f.Names()[0]; c.IsSet(name) {
 			return usagef("--%s is for images of registries, and %s is a file", name, s.ref.path)
 		}

@@ -42,6 +42,14 @@ type prefetchOptions struct {
 
 func (o *prefetchOptions) wanted() bool { return o.mode != "" }
 
+// atOnce is how many pieces are fetched at a time.
+func (o *prefetchOptions) atOnce() int {
+	if o.profile != nil {
+		return replayAtOnce
+	}
+	return prefetchAtOnce
+}
+
 // readPrefetchOptions checks the flags of a command that has the prefetchFlags. A profile is read now: what is wrong with
 // it is said before anything is mounted.
 func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {

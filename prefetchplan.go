@@ -21,6 +21,9 @@ const (
 	// prefetchAtOnce is how many pieces are asked for at a time. It is as many as the cache fetches: with more, those that
 	// come later might be first.
 	prefetchAtOnce = 2
+	// replayAtOnce is the same for a profile, whose pieces are small, and wanted in their order: a reader that follows it
+	// is not to come to a piece that was not asked for. It leaves some of --max-conns-per-host to readers.
+	replayAtOnce = 6
 	// metadataAtOnce is of how many layers the metadata is looked for side by side: it is round trips that cost time there.
 	metadataAtOnce = 4
 )
@@ -134,12 +137,17 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	var pieces []piece
 	for _, r := range reads {
 		l := layers[r.Digest]
-		next := piece{l, r.Off, min(r.Len, l.cached.Size()-r.Off)} // the blob may have something behind that
+		next := piece{l, r.Off, min(r.Len, l.size-r.Off)} // the blob may have something behind that
 		p.want(max(next.n, 0))
 		if last := len(pieces) - 1; last >= 0 && pieces[last].takes(next) {
 			pieces[last].n += next.n
 		} else {
 			pieces = cutPieces(pieces, l, next.off, next.n)
+		}
+	}
+	if p.how.bytesPerSecond == 0 { // else it may take long, and readers want other things meanwhile
+		for _, l := range p.layers {
+			defer l.cached.HoldReadahead()()
 		}
 	}
 	if err := p.bring(ctx, pieces); err != nil {
@@ -252,7 +260,7 @@ func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
 // error ends it, when what has begun has ended.
 func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
 	var group errgroup.Group
-	group.SetLimit(prefetchAtOnce)
+	group.SetLimit(p.how.atOnce())
 	var failed atomic.Bool
 	for _, next := range pieces {
 		group.Go(func() error {

@@ -45,7 +45,7 @@ func (s *store) wasRead(chunk int64) bool {
 // does not queue behind a guess, and guesses do not queue. The caller holds s.mu and starts the flights.
 func (b *Blob) readAhead(first, end int64, begun []*flight) []*flight {
 	s := b.store
-	if s.guesser.max == 0 || b.noReadahead || s.troubled || s.whole {
+	if s.guesser.max == 0 || b.noReadahead || s.held > 0 || s.troubled || s.whole {
 		return begun
 	}
 	cursor := s.guesser.follow(first, end)

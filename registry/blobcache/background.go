@@ -22,13 +22,19 @@ const (
 // A background says when flights may go on that bring what nobody waits for: never while somebody waits, in any blob
 // of the cache, for something else; so many at a time; and at a rate that all of them share. What a flight may do is
 // asked for before its fetch and before each read of its body.
+//
+// A reader who waits for what the background brings itself holds back less. The flight that brings it has the network
+// alone from when its body is there; until then others read on, and new ones may ask for what comes next: a program that
+// reads what a profile says is always waiting for the next of it, and nothing would ever be fetched in front of it.
 type background struct {
 	most  int   // flights
 	rate  int64 // bytes a second; 0: no limit
 	burst time.Duration
 
 	mu      sync.Mutex    // guards what follows; whoever has it takes no other
-	waiting int           // readers
+	waiting int           // readers, for what is not of the background
+	served  int           // those who wait for nothing else
+	favored int           // flights whose bodies some of these wait for
 	flights int           // that have a slot
 	next    time.Time     // when the next byte may be read, by the rate
 	changed chan struct{} // closed when any of this gets better, or some flight is promoted; nil: nobody looks
@@ -62,6 +68,38 @@ func (g *background) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.waiting--; g.waiting == 0 {
+		g.tell()
+	}
+}
+
+// serve says that a reader who has entered waits for nothing but what flights of the background bring. It has to be
+// undone before the reader leaves.
+func (g *background) serve() (undo func()) {
+	g.leave()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.served++
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.waiting++
+		if g.served--; g.served == 0 {
+			g.tell()
+		}
+	}
+}
+
+// favor says that readers wait for what comes next in the body of a flight, or do so no more.
+func (g *background) favor(f *flight, on bool) {
+	if f.favored == on {
+		return
+	}
+	f.favored = on
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if on {
+		g.favored++
+	} else if g.favored--; g.favored == 0 {
 		g.tell()
 	}
 }
@@ -102,11 +140,25 @@ func (g *background) tryBegin() bool {
 	return true
 }
 
-// calm says that nobody waits.
+// calm says that nobody waits for anything else.
 func (g *background) calm() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.waiting == 0
+}
+
+// idle says that nobody waits at all.
+func (g *background) idle() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.waiting+g.served == 0
+}
+
+// free says that a flight that nobody waits for may read on in its body.
+func (g *background) free() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.waiting == 0 && (g.served == 0 || g.favored == 0)
 }
 
 // begin waits for a slot, and for the end of all waits.
@@ -233,7 +285,8 @@ func (f *flight) mayBegin() error {
 // bytes are not of the background any more.
 func (f *flight) mayRead() (promoted bool, err error) {
 	g := f.blob.store.cache.background
-	if g.calm() && g.delay() <= 0 {
+	if g.idle() && g.delay() <= 0 {
+		g.favor(f, false)
 		return false, nil
 	}
 	f.paused.Store(true)
@@ -246,12 +299,14 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		if err := f.blob.ctx.Err(); err != nil {
 			return false, err
 		}
-		if f.promoted() {
+		promoted := f.promoted()
+		g.favor(f, promoted)
+		if promoted {
 			return true, nil
 		}
 		wait := g.delay()
-		calm := g.calm()
-		if !calm && f.rested < longestPause {
+		free := g.free()
+		if !free && f.rested < longestPause {
 			wait = max(wait, longestPause-f.rested)
 		}
 		if wait <= 0 {
@@ -259,7 +314,7 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		}
 		began := time.Now()
 		f.sleep(wait, changed)
-		if !calm {
+		if !free {
 			f.rested += time.Since(began)
 		}
 	}
@@ -293,7 +348,7 @@ func (f *flight) promoted() bool {
 func (g *background) readers() int64 {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return int64(g.waiting)
+	return int64(g.waiting + g.served)
 }
 
 // loose says that a reader has a chunk in flight fetched by a flight of its own: what was to bring it stands still, or

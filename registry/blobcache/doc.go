@@ -38,8 +38,9 @@
 //
 //	a reader waits, in any blob of the cache ── no flight of the background begins
 //	                                            those under way stop reading their bodies, for 2 s at most
-//	for a chunk of one that is under way ────── that one goes on, at no limit, until the chunk is there
 //	for a chunk of one that has not begun ───── the reader has a flight of his own, and the chunk is left out
+//	for chunks of those under way only ──────── they go on, at no limit, until the chunks are there
+//	                                            others may begin, and read until the body of one of these is there
 //
 // A prefetch goes through its range in pieces of up to 4 MiB, or of a second's bytes where there is a rate. Its flights
 // have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks

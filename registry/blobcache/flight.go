@@ -19,6 +19,7 @@ type flight struct {
 	ahead      bool    // it has a slot for what it fetches ahead
 	background bool    // it brings what Prefetch wants, see background
 	slot       bool    // it has a slot of the background
+	favored    bool    // it is one of background.favored
 	begun      bool    // of the background, it is about to fetch: readers of its chunks wait for it. Guarded by store.mu
 	turn       bool    // it has a slot for what is waited for
 	receiving  bool    // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
@@ -48,16 +49,17 @@ func (f *flight) quiet() bool {
 
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
 // are nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become flights, and never does a chunk have two.
-func (b *Blob) want(first, end int64) ([]*pending, error) {
+// behind says that flights of the background bring all that is in flight.
+func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
 	s := b.store
 	wanted := make([]*pending, end-first)
 	var begun []*flight
-	promote := false
+	promote, others := false, false
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if b.closed.Load() {
-		return nil, b.closedError()
+		return nil, false, b.closedError()
 	}
 	news := end     // the first chunk that nobody has asked for before
 	var run *flight // to which an absent chunk right behind the last one is added
@@ -90,6 +92,7 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 		}
 		pend.wanted = true
 		wanted[c-first] = pend
+		others = others || !pend.flight.background
 	}
 	if promote {
 		s.cache.background.wake()
@@ -99,7 +102,7 @@ func (b *Blob) want(first, end int64) ([]*pending, error) {
 	}
 	s.pin(first, end)
 	b.start(begun)
-	return wanted, nil
+	return wanted, promote && !others, nil
 }
 
 // start lets flights go. The caller holds s.mu, and has seen that b is not closed.
@@ -132,6 +135,7 @@ func (f *flight) run() {
 		b.store.cache.options.Logger.Debug("fetch failed", "blob", b.store.digest, "offset", f.first*b.store.chunkSize, "err", err)
 	}
 	f.land(err)
+	b.store.cache.background.favor(f, false)
 	if f.slot {
 		b.store.cache.background.end()
 	}

@@ -43,6 +43,53 @@ func FetchRoot(ctx context.Context) (string, error) {
 	})
 }
 
+// Python returns the directory of a Debian root file system in which python3 runs,
+// configured as an installation is. It is shared, as that of Root.
+func Python(t testing.TB) string {
+	t.Helper()
+	require.Has(t, "debian")
+	dir, err := FetchPython(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// FetchPython is Python for programs that are no tests.
+func FetchPython(ctx context.Context) (string, error) {
+	return keep(ctx, "python", func(ctx context.Context, dir string) error {
+		suite, err := codename()
+		if err != nil {
+			return err
+		}
+		mirror, err := Mirror(ctx)
+		if err != nil {
+			return err
+		}
+		if _, err := output(exec.CommandContext(ctx, "debootstrap", "--variant=minbase", "--include=python3", suite, dir, mirror)); err != nil {
+			return err
+		}
+		return forgetPackages(dir)
+	})
+}
+
+// forgetPackages removes what no container image carries: packages that are
+// installed, and lists of those that are not.
+func forgetPackages(root string) error {
+	for _, pattern := range []string{"var/cache/apt/archives/*.deb", "var/cache/apt/*.bin", "var/lib/apt/lists/*"} {
+		names, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if err := os.RemoveAll(name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // A Utils is an unpacked erofs-utils with all that it needs to run.
 type Utils struct{ dir string }
 

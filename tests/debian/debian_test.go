@@ -20,6 +20,19 @@ func TestRoot(t *testing.T) {
 	}
 }
 
+// The root with Python is installed to the end: modules are compiled, and no package is left.
+func TestPython(t *testing.T) {
+	root := Python(t)
+	compiled, err := filepath.Glob(filepath.Join(root, "usr/lib/python3*/__pycache__/ssl.*.pyc"))
+	if err != nil || len(compiled) != 1 {
+		t.Errorf("compiled ssl module: %q, %v", compiled, err)
+	}
+	packages, err := filepath.Glob(filepath.Join(root, "var/cache/apt/archives/*.deb"))
+	if err != nil || len(packages) != 0 {
+		t.Errorf("packages: %q, %v", packages, err)
+	}
+}
+
 // The utilities write an image of every algorithm.
 func TestMkfs(t *testing.T) {
 	mkfs := Mkfs(t)
