@@ -30,6 +30,7 @@ type background struct {
 	most  int   // flights
 	rate  int64 // bytes a second; 0: no limit
 	burst time.Duration
+	hurry bool // a flight that is under way when a reader comes is to end: the reader needs its connection
 
 	mu      sync.Mutex    // guards what follows; whoever has it takes no other
 	waiting int           // readers, for what is not of the background
@@ -45,7 +46,7 @@ type background struct {
 }
 
 func newBackground(o Options) *background {
-	g := &background{most: o.MaxPrefetches, rate: o.PrefetchRate}
+	g := &background{most: o.MaxPrefetches, rate: o.PrefetchRate, hurry: o.OneAtATime}
 	if g.rate > 0 {
 		g.burst = g.cost(min(g.rate, prefetchPiece))
 	}
@@ -62,6 +63,9 @@ func (g *background) enter() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.waiting++
+	if g.hurry {
+		g.tell()
+	}
 }
 
 func (g *background) leave() {
@@ -299,7 +303,7 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		if err := f.blob.ctx.Err(); err != nil {
 			return false, err
 		}
-		promoted := f.promoted()
+		promoted := f.promoted() || g.hurry && !g.idle()
 		g.favor(f, promoted)
 		if promoted {
 			return true, nil

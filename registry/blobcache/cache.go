@@ -31,6 +31,9 @@ type Options struct {
 	MaxAhead   int   // fetches under way beside those that nobody waits for; 4 if zero
 	// MaxPrefetches is how many fetches of Prefetch are under way at a time, of all blobs together; 2 if zero.
 	MaxPrefetches int
+	// OneAtATime says that the Fetcher has room for one fetch only: what Prefetch has under way then does not pause for a
+	// reader, who would wait for its end, but ends as soon as it can, at no limit. MaxPrefetches is 1.
+	OneAtATime bool
 	PrefetchRate  int64 // bytes a second that they bring together; no limit if zero
 	// Label gives the context of each Fetch, made of what it would be otherwise, by its cause. nil: as it is.
 	Label func(ctx context.Context, cause Cause) context.Context
@@ -91,6 +94,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.MaxPrefetches == 0 {
 		o.MaxPrefetches = defaultPrefetches
+	}
+	if o.OneAtATime {
+		o.MaxPrefetches = 1
 	}
 	if o.MaxPrefetches < 0 || o.PrefetchRate < 0 {
 		return o, fmt.Errorf("%d prefetches, %d bytes a second: must not be negative", o.MaxPrefetches, o.PrefetchRate)

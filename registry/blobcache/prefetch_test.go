@@ -246,6 +246,33 @@ func TestPrefetchPauses(t *testing.T) {
 	})
 }
 
+// It does not where the reader needs its connection, and then does not keep to a rate.
+func TestPrefetchHurries(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(100 * cs)
+		here, demand := make(chan struct{}), make(chan struct{})
+		s.gates = map[int64]chan struct{}{2 * cs: here, 50 * cs: demand}
+		b := open(t, s, Options{MaxSpan: 10 * cs, MaxPrefetches: 5, OneAtATime: true, PrefetchRate: 10 * cs})
+		p := prefetching(ctx, b, 0, 30*cs)
+		mustWait(t, "prefetch", p)
+		reader := read(ctx, b, s, 50*cs, cs)
+		mustWait(t, "reader", reader)
+		began := time.Now()
+		close(here)
+		mustBeOnDisk(t, b, chunks(0, 10))
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it took %v", took)
+		}
+		time.Sleep(time.Minute)
+		mustBeOnDisk(t, b, chunks(0, 10)) // and no other one has begun
+		close(demand)
+		mustEnd(t, "reader", reader, nil)
+		time.Sleep(time.Minute) // by the rate it takes a while
+		mustEnd(t, "prefetch", p, nil)
+		s.checkOnce(t)
+	})
+}
+
 // It does not stop for ever, so that a server does not break off, and other processes wait in vain.
 func TestPrefetchPausesForAWhile(t *testing.T) {
 	stage(t, func(t *testing.T) {
