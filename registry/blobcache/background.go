@@ -10,9 +10,10 @@ const (
 	// longestPause is for how long a flight of the background lets readers go first once its body is there. More would
 	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience.
 	longestPause = 2 * time.Second
-	// prefetchPiece is the most that a flight of the background asks for: a reader that comes to its last chunk waits
-	// for all of it.
+	// prefetchPiece is the most that a flight of the background asks for, and pieceTime is how long it should take at
+	// most: a reader that comes to its last chunk waits for all of it.
 	prefetchPiece = 4 << 20
+	pieceTime     = 250 * time.Millisecond
 	// smoothness is how many reads a second a body is read in that has a rate to keep.
 	smoothness = 32
 	// campaignGap is how long after one prefetch another belongs to the same campaign.
@@ -38,6 +39,7 @@ type background struct {
 	favored int           // flights whose bodies some of these wait for
 	flights int           // that have a slot
 	next    time.Time     // when the next byte may be read, by the rate
+	speed   float64       // of the last bodies, in bytes a second; 0 as long as that is not known
 	changed chan struct{} // closed when any of this gets better, or some flight is promoted; nil: nobody looks
 
 	prefetches int       // calls of Prefetch
@@ -227,10 +229,30 @@ func (g *background) portion(n int) int {
 // piece is how many bytes a flight asks for at most: at a rate no more than take a second, since other processes wait
 // for what it has locked.
 func (g *background) piece() int64 {
-	if g.rate == 0 {
-		return prefetchPiece
+	most := int64(prefetchPiece)
+	if g.rate > 0 {
+		most = min(g.rate, most)
 	}
-	return min(g.rate, prefetchPiece)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.speed > 0 {
+		most = min(int64(g.speed*pieceTime.Seconds()), most)
+	}
+	return most
+}
+
+// took says that a body of n bytes took so long to come.
+func (g *background) took(n int64, d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	speed := float64(n) / d.Seconds()
+	if g.speed > 0 {
+		speed = (3*g.speed + speed) / 4
+	}
+	g.speed = speed
 }
 
 // join says that a prefetch begins, at a time by the cache's clock, and part that it is over. What is used from the
@@ -318,6 +340,7 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		}
 		began := time.Now()
 		f.sleep(wait, changed)
+		f.slept += time.Since(began)
 		if !free {
 			f.rested += time.Since(began)
 		}

@@ -34,6 +34,7 @@ type flight struct {
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
 	rested time.Duration // how long it let others go first since its body came
+	slept  time.Duration // how long it did not read its body, for that and for the rate
 	counts *atomic.Int64 // of whose cause the next bytes are; nil: of none yet
 }
 
@@ -236,8 +237,12 @@ func (f *flight) fetch() error {
 	if start < 0 || start > off {
 		return fmt.Errorf("fetch %d bytes at %d: the body starts at %d", n, off, start)
 	}
+	began, end := time.Now(), f.end
 	if err := f.receive(body, start); err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: body from %d: %w", n, off, start, err)
+	}
+	if f.background && start == off && f.end == end {
+		s.cache.background.took(n, time.Since(began)-f.slept)
 	}
 	return nil
 }

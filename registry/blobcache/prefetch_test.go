@@ -2,6 +2,7 @@ package blobcache
 
 import (
 	"context"
+	"io"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -243,6 +244,44 @@ func TestPrefetchPauses(t *testing.T) {
 		mustEnd(t, "prefetch", p, nil)
 		mustAsk(t, s, spans([2]int64{0, 10}, [2]int64{50, 51})...)
 		s.checkOnce(t)
+	})
+}
+
+// A slowServer has a body give a chunk each 10 ms.
+type slowServer struct{ *server }
+
+func (s slowServer) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	body, start, total, err := s.server.Fetch(ctx, off, n)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	return slowBody{body}, start, total, nil
+}
+
+type slowBody struct{ io.ReadCloser }
+
+func (b slowBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p[:min(len(p), cs)])
+	if n > 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	return n, err
+}
+
+// What a reader may have to wait for is no more than comes in a quarter of a second, as soon as it is known how much
+// that is.
+func TestPrefetchOnASlowLink(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(400 * cs)
+		c := openCache(t, Options{ChunkSize: cs, Readahead: -1, MaxSpan: 100 * cs, MaxPrefetches: 1})
+		b, err := c.Open(testDigest, int64(len(s.content)), slowServer{s}, OpenOptions{})
+		if err == nil {
+			err = b.Prefetch(ctx, 0, 160*cs)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustAsk(t, s, spans([2]int64{0, 100}, [2]int64{100, 125}, [2]int64{125, 150}, [2]int64{150, 160})...)
 	})
 }
 
