@@ -33,8 +33,8 @@ type Options struct {
 	MaxPrefetches int
 	// OneAtATime says that the Fetcher has room for one fetch only: what Prefetch has under way then does not pause for a
 	// reader, who would wait for its end, but ends as soon as it can, at no limit. MaxPrefetches is 1.
-	OneAtATime bool
-	PrefetchRate  int64 // bytes a second that they bring together; no limit if zero
+	OneAtATime   bool
+	PrefetchRate int64 // bytes a second that they bring together; no limit if zero
 	// Label gives the context of each Fetch, made of what it would be otherwise, by its cause. nil: as it is.
 	Label func(ctx context.Context, cause Cause) context.Context
 	// ObserveWait is called after each ReadAt that was not answered from what is present, with how long it took. It
