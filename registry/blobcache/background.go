@@ -350,3 +350,25 @@ func (g *background) readers() int64 {
 	defer g.mu.Unlock()
 	return int64(g.waiting + g.served)
 }
+
+// loose says that a reader has a chunk in flight fetched by a flight of its own: what was to bring it stands still, or
+// waits for its turn behind all readers. The caller holds store.mu.
+func (p *pending) loose() bool {
+	f := p.flight
+	return p.ahead && f.quiet() || f.background && (f.waits || !f.begun)
+}
+
+// readBehind reads when the background may.
+func (r flightReader) readBehind(p []byte) (int, error) {
+	promoted, err := r.flight.mayRead()
+	switch {
+	case err != nil:
+		return 0, err
+	case promoted:
+		return r.read(p)
+	}
+	g := r.flight.blob.store.cache.background
+	n, err := r.read(p[:g.portion(len(p))])
+	g.spend(n)
+	return n, err
+}

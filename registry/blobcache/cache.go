@@ -143,15 +143,6 @@ type OpenOptions struct {
 	NoReadahead bool
 }
 
-// A Cause is what bytes are fetched for.
-type Cause string
-
-const (
-	Demand    Cause = "demand"    // somebody waits for them
-	Readahead Cause = "readahead" // somebody will probably read them next
-	Prefetch  Cause = "prefetch"  // Blob.Prefetch wants them
-)
-
 // A storeKey tells stores apart: blobs share one only if they agree on the unit and on whether chunks are verified.
 type storeKey struct {
 	name     string // see nameOf

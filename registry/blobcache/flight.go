@@ -48,24 +48,6 @@ func (f *flight) quiet() bool {
 	return time.Since(time.Unix(0, f.heard.Load())) > quiet && !f.paused.Load()
 }
 
-// cause is what the bytes of a chunk are fetched for that nobody is known to want.
-func (f *flight) cause(chunk int64) Cause {
-	switch {
-	case f.background:
-		return Prefetch
-	case f.ahead && chunk >= f.demanded:
-		return Readahead
-	}
-	return Demand
-}
-
-// loose says that a reader has a chunk in flight fetched by a flight of its own: what was to bring it stands still, or
-// waits for its turn behind all readers. The caller holds store.mu.
-func (p *pending) loose() bool {
-	f := p.flight
-	return p.ahead && f.quiet() || f.background && (f.waits || !f.begun)
-}
-
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
 // are nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become flights, and never does a chunk have two.
 // behind says that flights of the background bring all that is in flight.
@@ -205,7 +187,7 @@ func (s *store) landed(chunk int64) {
 
 // fly fetches and publishes. Chunks that f owes when it returns were not brought.
 func (f *flight) fly() error {
-	b, s := f.blob, f.blob.store
+	s := f.blob.store
 	if f.ahead {
 		defer s.cache.ahead.Release(1)
 	}
@@ -236,26 +218,18 @@ func (f *flight) fly() error {
 	if !f.owes() {
 		return nil // others bring all of it: a stream took it over while f waited for its turn, or another process does
 	}
+	return f.fetch()
+}
+
+// fetch asks for the chunks of f, and receives them.
+func (f *flight) fetch() error {
+	b, s := f.blob, f.blob.store
 	off := f.first * s.chunkSize
 	n := min(f.end*s.chunkSize, s.size) - off
 	f.fetched = true
-	s.counters.fetches.Add(1)
-	ctx := b.ctx
-	cause := f.cause(f.first)
-	switch cause {
-	case Readahead:
-		s.counters.fetchesAhead.Add(1)
-	case Prefetch:
-		s.counters.fetchesPrefetch.Add(1)
-	default:
-		s.counters.fetchesDemand.Add(1)
-	}
-	if label := s.cache.options.Label; label != nil && !b.beneath {
-		ctx = label(ctx, cause)
-	}
 	s.cache.counters.inFlight.Add(1)
 	defer s.cache.counters.inFlight.Add(-1)
-	body, start, total, err := b.fetcher.Fetch(ctx, off, n)
+	body, start, total, err := b.fetcher.Fetch(f.label(), off, n)
 	if err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: %w", n, off, err)
 	}
@@ -572,21 +546,6 @@ func (r flightReader) Read(p []byte) (int, error) {
 		return r.readBehind(p)
 	}
 	return r.read(p)
-}
-
-// readBehind reads when the background may.
-func (r flightReader) readBehind(p []byte) (int, error) {
-	promoted, err := r.flight.mayRead()
-	switch {
-	case err != nil:
-		return 0, err
-	case promoted:
-		return r.read(p)
-	}
-	g := r.flight.blob.store.cache.background
-	n, err := r.read(p[:g.portion(len(p))])
-	g.spend(n)
-	return n, err
 }
 
 func (r flightReader) read(p []byte) (int, error) {

@@ -81,17 +81,6 @@ type counters struct {
 	fetches, fetchesDemand, fetchesAhead, fetchesPrefetch, bytesFetched, bytesDemand, bytesAhead, bytesPrefetch, bytesServed, hits, misses, chunksPresent atomic.Int64
 }
 
-// bytesOf gives where bytes are counted that are fetched for this cause.
-func (c *counters) bytesOf(cause Cause) *atomic.Int64 {
-	switch cause {
-	case Readahead:
-		return &c.bytesAhead
-	case Prefetch:
-		return &c.bytesPrefetch
-	}
-	return &c.bytesDemand
-}
-
 // Stats counts what the blobs of one digest did since the first of them was opened.
 type Stats struct {
 	Fetches         int64 // calls of Fetch
