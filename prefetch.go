@@ -207,20 +207,10 @@ func (p *prefetcher) run(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			if p.warned {
-				p.log.Warn("what was to be fetched in the background is here")
-			} else {
-				p.log.Info("what was to be fetched in the background is here")
-			}
-			p.end(backend.PrefetchDone, nil)
-			return
-		case errors.Is(err, errBudget):
-			p.log.Info("no more is fetched in the background", "err", err)
-			p.end(backend.PrefetchStopped, err)
+			p.finish(ctx, nil, p.warned)
 			return
 		case errors.As(err, &stop), errors.Is(err, blobcache.ErrNoRoom):
-			p.log.Warn("no more is fetched in the background", "err", err)
-			p.end(backend.PrefetchStopped, err)
+			p.finish(ctx, err, !errors.Is(err, errBudget))
 			return
 		}
 		if p.trouble(err) {
@@ -233,6 +223,22 @@ func (p *prefetcher) run(ctx context.Context) {
 		}
 		pause = min(2*pause, lastPrefetchPause)
 	}
+}
+
+// finish says that no more is fetched: all is here, or err is why it is not. That it is a warning says that somebody should
+// know: of what ended badly, or of what went well after a warning.
+func (p *prefetcher) finish(ctx context.Context, err error, warning bool) {
+	level := slog.LevelInfo
+	if warning {
+		level = slog.LevelWarn
+	}
+	if err == nil {
+		p.log.Log(ctx, level, "what was to be fetched in the background is here")
+		p.end(backend.PrefetchDone, nil)
+		return
+	}
+	p.log.Log(ctx, level, "no more is fetched in the background", "err", err)
+	p.end(backend.PrefetchStopped, err)
 }
 
 // begin counts from nothing.

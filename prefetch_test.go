@@ -108,6 +108,37 @@ func TestPrefetchBudget(t *testing.T) {
 	}
 }
 
+// reaches waits until the fetching is in a state.
+func (p *prefetcher) reaches(t *testing.T, state backend.PrefetchState) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(20 * time.Second); p.Status().State != state; <-tick.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v, want %s", p.Status(), state)
+		}
+	}
+}
+
+// A chunk that is wrong is left out alone.
+func TestPrefetchWrongChunk(t *testing.T) {
+	const size, bad = 9 << 20, 3_000_000
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: testChunk}), false)
+	r, err := p.open(t, verifyAuto)
+	must(t, err)
+	p.registry.SetFault(fakeregistry.Always(fakeregistry.FlipBit(bad)).OnBlobs())
+	f := r.prefetching(prefetchOptions{mode: prefetchAll})
+	f.reaches(t, backend.PrefetchWaiting)
+	if st := f.Status(); r.absent(0, size) != testChunk || r.absent(bad, 1) != 1 || st.Fetched != size-testChunk || st.Error == "" {
+		t.Errorf("%d bytes are not here: %+v", r.absent(0, size), st)
+	}
+	p.registry.SetFault(nil)
+	f.done.Wait()
+	if st := f.Status(); st.State != backend.PrefetchDone || st.Fetched != size || st.Error != "" {
+		t.Errorf("%+v", st)
+	}
+}
+
 // Metadata that is wrong does not keep the rest of it from being fetched, and is fetched when it is right.
 func TestPrefetchWrongMetadata(t *testing.T) {
 	im := corpus.Get(t, "plain")
@@ -124,17 +155,7 @@ func TestPrefetchWrongMetadata(t *testing.T) {
 	bad := last.Off + last.Len - 4096
 	p.registry.SetFault(fakeregistry.Always(fakeregistry.FlipBit(bad)).OnBlobs())
 	f := r.prefetching(prefetchOptions{mode: prefetchMeta})
-	reaches := func(state backend.PrefetchState) {
-		t.Helper()
-		tick := time.NewTicker(5 * time.Millisecond)
-		defer tick.Stop()
-		for deadline := time.Now().Add(20 * time.Second); f.Status().State != state; <-tick.C {
-			if time.Now().After(deadline) {
-				t.Fatalf("%+v, want %s", f.Status(), state)
-			}
-		}
-	}
-	reaches(backend.PrefetchWaiting)
+	f.reaches(t, backend.PrefetchWaiting)
 	for _, page := range pages {
 		for off := page.Off; off < page.Off+page.Len; off += 4096 {
 			if missing := r.absent(off, 4096) > 0; missing != (off == bad) {

@@ -270,20 +270,37 @@ func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piec
 				return nil
 			}
 			err := p.bringPiece(ctx, next)
-			if !isRefused(err) {
-				if err != nil {
-					failed.Store(true)
-				}
-				return err
+			if isRefused(err) {
+				err = p.bringSingly(ctx, next, bad)
 			}
-			p.setAside(err)
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			bad(next)
-			return nil
+			if err != nil {
+				failed.Store(true)
+			}
+			return err
 		})
 	}
 	return group.Wait()
+}
+
+// bringSingly has the chunks of a piece fetched one by one: some are wrong, and the others are not to go without.
+func (p *prefetcher) bringSingly(ctx context.Context, all piece, bad func(piece)) error {
+	unit, end := all.layer.cached.Unit(), all.off+all.n
+	for off := all.off; off < end; {
+		next := min(off-off%unit+unit, end)
+		one := piece{all.layer, off, next - off}
+		off = next
+		err := p.bringPiece(ctx, one)
+		if err != nil && !isRefused(err) {
+			return err
+		}
+		if err != nil {
+			p.setAside(err)
+			p.mu.Lock()
+			bad(one)
+			p.mu.Unlock()
+		}
+	}
+	return nil
 }
 
 // bringPiece has a piece fetched, as far as the budget goes.
