@@ -60,9 +60,7 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 		return err
 	}
 	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, s.prefetch.atOnce()
-	if conns := s.client.MaxConnsPerHost; conns > 0 { // one is for readers
-		keep.MaxPrefetches, keep.OneAtATime = max(min(keep.MaxPrefetches, conns-1), 1), conns == 1
-	}
+	keep.OneAtATime = s.client.MaxConnsPerHost == 1
 	s.meter.measureCache(&keep)
 	if s.offline {
 		keep.Readahead = -1

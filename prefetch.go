@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 )
@@ -36,24 +37,30 @@ type prefetchOptions struct {
 	mode         string // as it was given, "" for none; of a profile the absolute path
 	rate, budget string // as they were given
 
+	conns                 int              // to a host, at most; 0: as many as usual
 	bytesPerSecond, bytes int64            // 0: no limit
 	profile               *profile.Profile // of a mode that is a path
 }
 
 func (o *prefetchOptions) wanted() bool { return o.mode != "" }
 
-// atOnce is how many pieces are fetched at a time.
+// atOnce is how many pieces are fetched at a time. Readers have connections of their own, if there is more than one.
 func (o *prefetchOptions) atOnce() int {
+	most := prefetchAtOnce
 	if o.profile != nil {
-		return replayAtOnce
+		most = replayAtOnce
 	}
-	return prefetchAtOnce
+	conns := o.conns
+	if conns == 0 {
+		conns = registry.DefaultMaxConns
+	}
+	return min(most, max(conns-connsForReaders, 1))
 }
 
 // readPrefetchOptions checks the flags of a command that has the prefetchFlags. A profile is read now: what is wrong with
 // it is said before anything is mounted.
 func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
-	o = prefetchOptions{mode: c.String("prefetch"), rate: c.String("prefetch-rate"), budget: c.String("prefetch-budget")}
+	o = prefetchOptions{mode: c.String("prefetch"), rate: c.String("prefetch-rate"), budget: c.String("prefetch-budget"), conns: c.Int("max-conns-per-host")}
 	switch {
 	case c.IsSet("prefetch") && o.mode == "":
 		return o, usagef("--prefetch needs none, meta, all or the path of a profile")
@@ -77,7 +84,7 @@ func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
 
 // recordedPrefetch are the options of a mount that is taken over. Without its profile it goes on, too.
 func recordedPrefetch(a backend.Access, log *slog.Logger) prefetchOptions {
-	o := prefetchOptions{mode: a.Prefetch, rate: a.PrefetchRate, budget: a.PrefetchBudget}
+	o := prefetchOptions{mode: a.Prefetch, rate: a.PrefetchRate, budget: a.PrefetchBudget, conns: a.MaxConnsPerHost}
 	if err := o.resolve(); err != nil {
 		log.Warn("nothing is fetched in the background", "err", err)
 		return prefetchOptions{}

@@ -252,3 +252,23 @@ type judged struct{}
 
 func (judged) Error() string   { return "judged" }
 func (judged) Temporary() bool { return true }
+
+// Readers keep connections of their own, and something is always fetched.
+func TestPrefetchAtOnce(t *testing.T) {
+	of := &profile.Profile{}
+	for _, c := range []struct {
+		how  prefetchOptions
+		want int
+	}{
+		{prefetchOptions{mode: prefetchAll}, 2},
+		{prefetchOptions{mode: prefetchAll, conns: 3}, 1},
+		{prefetchOptions{mode: "/profile", profile: of}, 6},
+		{prefetchOptions{mode: "/profile", profile: of, conns: 100}, 6},
+		{prefetchOptions{mode: "/profile", profile: of, conns: 5}, 3},
+		{prefetchOptions{mode: "/profile", profile: of, conns: 1}, 1},
+	} {
+		if got := c.how.atOnce(); got != c.want {
+			t.Errorf("%+v: %d at once, want %d", c.how, got, c.want)
+		}
+	}
+}

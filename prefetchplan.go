@@ -22,8 +22,10 @@ const (
 	// come later might be first.
 	prefetchAtOnce = 2
 	// replayAtOnce is the same for a profile, whose pieces are small, and wanted in their order: a reader that follows it
-	// is not to come to a piece that was not asked for. It leaves some of --max-conns-per-host to readers.
+	// is not to come to a piece that was not asked for.
 	replayAtOnce = 6
+	// connsForReaders are those of --max-conns-per-host that are left to readers.
+	connsForReaders = 2
 	// metadataAtOnce is of how many layers the metadata is looked for side by side: it is round trips that cost time there.
 	metadataAtOnce = 4
 )

@@ -73,6 +73,9 @@ func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
 func (b *Blob) readWaiting(ctx context.Context, p []byte, off int64) error {
 	s := b.store
 	s.counters.misses.Add(1)
+	if b.beneath {
+		return b.readMissing(ctx, p, off) // who waits for what is verified by it was counted, or is of the background
+	}
 	s.cache.background.enter()
 	defer s.cache.background.leave()
 	if observe := s.cache.options.ObserveWait; observe != nil {

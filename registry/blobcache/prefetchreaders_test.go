@@ -1,0 +1,121 @@
+package blobcache
+
+import (
+	"context"
+	"testing"
+	"time"
+)
+
+// A reader who waits for what the background brings does not keep it from going on: only when the body that he waits for
+// comes do others stop to read theirs.
+func TestPrefetchGoesOnForItsReaders(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(100 * cs)
+		here, there := make(chan struct{}), make(chan struct{})
+		s.gates = map[int64]chan struct{}{2 * cs: here, 3 * cs: there}
+		b := open(t, s, Options{Readahead: -1, MaxPrefetches: 3})
+		p := prefetching(ctx, b, 0, 4*cs)
+		mustWait(t, "prefetch", p)
+		reader := read(ctx, b, s, 3*cs, cs)
+		mustWait(t, "reader", reader)
+		if st := b.store.cache.Stats(); st.Waiting != 1 {
+			t.Errorf("stats %+v: want one reader", st)
+		}
+		mustEnd(t, "prefetch of something else while nothing comes", prefetching(ctx, b, 20*cs, 4*cs), nil)
+		close(here)
+		mustBeOnDisk(t, b, append(chunks(0, 3), chunks(20, 24)...))
+		q := prefetching(ctx, b, 40*cs, 4*cs)
+		mustWait(t, "prefetch of something else while it comes", q)
+		mustAsk(t, s, spans([2]int64{0, 4}, [2]int64{20, 24}, [2]int64{40, 44})...)
+		mustBeOnDisk(t, b, append(chunks(0, 3), chunks(20, 24)...))
+		close(there)
+		mustEnd(t, "reader", reader, nil)
+		mustEnd(t, "prefetch", p, nil)
+		mustEnd(t, "prefetch of something else", q, nil)
+		s.checkOnce(t)
+		if g := b.store.cache.background; g.waiting+g.served+g.favored != 0 {
+			t.Errorf("%d readers wait, %d for the background, for %d flights", g.waiting, g.served, g.favored)
+		}
+	})
+}
+
+// Who waits for something of the background and for something else waits for something else.
+func TestPrefetchStandsBackForWhoNeedsMore(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(100 * cs)
+		here, demand := make(chan struct{}), make(chan struct{})
+		s.gates = map[int64]chan struct{}{2 * cs: here, 4 * cs: demand}
+		b := open(t, s, Options{Readahead: -1, MaxPrefetches: 3})
+		p := prefetching(ctx, b, 0, 4*cs)
+		mustWait(t, "prefetch", p)
+		reader := read(ctx, b, s, 3*cs, 2*cs)
+		mustWait(t, "reader", reader)
+		q := prefetching(ctx, b, 20*cs, 4*cs)
+		mustWait(t, "prefetch of something else", q)
+		mustAsk(t, s, spans([2]int64{0, 4}, [2]int64{4, 5})...)
+		close(here)
+		mustEnd(t, "prefetch", p, nil)
+		mustWait(t, "prefetch of something else", q)
+		close(demand)
+		mustEnd(t, "reader", reader, nil)
+		mustEnd(t, "prefetch of something else", q, nil)
+		s.checkOnce(t)
+	})
+}
+
+// As long as anybody holds it, nothing of the blob is guessed, whoever reads.
+func TestHoldReadahead(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(200 * cs)
+		c := openCache(t, Options{ChunkSize: cs, Readahead: ahead})
+		b, other := openBlob(t, c, s), openBlob(t, c, s)
+		first, second := b.HoldReadahead(), other.HoldReadahead()
+		readChunks(t, b, s, chunks(0, 10)...)
+		first()
+		readChunks(t, b, s, chunks(20, 30)...)
+		if st := b.Stats(); st.FetchesAhead != 0 || st.BytesFetched != 20*cs {
+			t.Errorf("stats %+v: want 20 chunks", st)
+		}
+		second()
+		readChunks(t, b, s, 100, 101, 102)
+		if b.Stats().BytesAhead == 0 {
+			t.Error("nothing is fetched ahead when nobody holds it any more")
+		}
+	})
+}
+
+// A flight of the background that waits for what its chunks are verified by does not hold the background back: it is no
+// reader.
+func TestPrefetchBeneath(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s, tree := newServer(100*cs), newServer(10*cs)
+		gate := make(chan struct{})
+		tree.gates = map[int64]chan struct{}{0: gate}
+		waits := 0
+		c := openCache(t, Options{ChunkSize: cs, Readahead: -1, MaxSpan: 4 * cs, ObserveWait: func(time.Duration) { waits++ }})
+		below, err := c.Open(anotherDigest, 10*cs, tree, OpenOptions{Beneath: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := openWith(t, c, s, OpenOptions{Verify: func(ctx context.Context, _ []byte, off int64) error {
+			if off > 0 {
+				return nil
+			}
+			return below.ReadAt(ctx, make([]byte, 1), 0)
+		}})
+		p := prefetching(ctx, b, 0, 4*cs)
+		mustWait(t, "prefetch", p)
+		if st := c.Stats(); st.Waiting != 0 {
+			t.Errorf("stats %+v: no reader waits", st)
+		}
+		mustEnd(t, "prefetch of something else", prefetching(ctx, b, 20*cs, 4*cs), nil)
+		close(gate)
+		mustEnd(t, "prefetch", p, nil)
+		if waits != 0 {
+			t.Errorf("%d waits of readers were timed", waits)
+		}
+		if err := below.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
