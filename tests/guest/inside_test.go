@@ -58,6 +58,7 @@ var inside = map[string]group{
 		{"LocalReattached", testLocalReattached},
 		{"Verified", testVerified},
 		{"PoisonedReattached", testPoisonedReattached},
+		{"Background", testBackground},
 	}},
 	"layers": {2, []check{
 		{"Layers", testLayers},
