@@ -14,12 +14,15 @@ const catchUp = 5 * time.Millisecond
 // A link shares a number of bytes a second among all who send.
 type link struct {
 	bytesPerSecond int64 // 0: no limit
+	room           int   // for a connection: see narrow
 
 	mu   sync.Mutex
 	free time.Time // when all that was taken so far is through
 }
 
-func newLink(bytesPerSecond int64) *link { return &link{bytesPerSecond: bytesPerSecond} }
+func newLink(bytesPerSecond int64) *link {
+	return &link{bytesPerSecond: bytesPerSecond, room: linkRoom}
+}
 
 // take books n bytes at the time now and returns how long it takes until they
 // are through.
@@ -36,8 +39,8 @@ func (l *link) take(now time.Time, n int) time.Duration {
 	return max(l.free.Sub(now), 0)
 }
 
-// linkBuffer is what a connection takes that its other end does not read.
-const linkBuffer = 8 << 10
+// linkRoom is what a connection takes that its other end does not read, unless SetRoom says so.
+const linkRoom = 8 << 10
 
 // narrow has a new connection take as little as one of a slow link would. A kernel's own buffers are for megabytes: all
 // that is sent would be through at once, and whoever stops reading would stop nothing.
@@ -49,6 +52,6 @@ func (l *link) narrow(c net.Conn) {
 		c = over.NetConn()
 	}
 	if tcp, ok := c.(*net.TCPConn); ok {
-		_ = tcp.SetWriteBuffer(linkBuffer) // else it is as it was
+		_ = tcp.SetWriteBuffer(l.room) // else it is as it was
 	}
 }

@@ -248,6 +248,17 @@ func (r *Registry) SetBandwidth(bytesPerSecond int64) {
 	r.link = newLink(bytesPerSecond)
 }
 
+// SetRoom has each new connection of a limited bandwidth take about so many bytes that
+// its other end has not read: what is on its way, or waits in a router. It follows
+// SetBandwidth. The default is little, for those who look whether a client stops reading;
+// a client that is busy for a moment then lets the link run idle, which one of some length
+// would not.
+func (r *Registry) SetRoom(bytes int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.link.room = bytes
+}
+
 // SetFault lets f decide for every request what goes wrong with it; nil from f,
 // or as f, is nothing. f may change the request, too: without its Range header
 // it is answered as by a server that knows no ranges.

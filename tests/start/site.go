@@ -16,6 +16,8 @@ import (
 const (
 	Latency   = 20 * time.Millisecond
 	Bandwidth = 25_000_000 // bytes a second
+	// room is a connection's part of the 500,000 bytes that are on their way, of eight.
+	room = 64 << 10
 )
 
 // repository is that of all images of a site.
@@ -71,6 +73,7 @@ func (s *Site) Build(ctx context.Context, root, tag string, layout ...string) er
 func (s *Site) SlowDown() {
 	s.SetLatency(Latency)
 	s.SetBandwidth(Bandwidth)
+	s.SetRoom(room)
 }
 
 // Run runs erofs-oci to its end.
