@@ -144,8 +144,11 @@ func repetitions() []byte {
 }
 
 func TestInflateRepetitions(t *testing.T) {
-	data := repetitions()
-	for level := 1; level <= 9; level++ {
+	data, levels := repetitions(), 9
+	if testing.Short() {
+		levels = 2 // the others take their time with the race detector
+	}
+	for level := 1; level <= levels; level++ {
 		in := deflated(t, data, level)
 		// The careful loop decodes what is near the end, so all is near it once.
 		for n := len(data); n > 0; n -= 199 {
