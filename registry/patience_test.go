@@ -135,6 +135,54 @@ func TestPatience(t *testing.T) {
 	}
 }
 
+// Who asks once more as soon as patience has run out waits for a quarter of it, and 10 s at most; who comes later, or
+// after something came, for as long as usual.
+func TestPatienceForTheSameRead(t *testing.T) {
+	for wait, short := range map[time.Duration]time.Duration{60 * time.Second: 10 * time.Second, 8 * time.Second: 2 * time.Second} {
+		alone(t)
+		synctest.Test(t, func(t *testing.T) {
+			dead := true
+			c, err := registry.New(registry.Options{PlainHTTP: true, ErrorWait: wait, Transport: transportFunc(func(q *http.Request) (*http.Response, error) {
+				if dead {
+					return nil, refused
+				}
+				return reply(q, 206, http.Header{"Content-Range": {"bytes 0-9/10"}}, "0123456789"), nil
+			})})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			b, err := c.Blob(parse(t, "registry.example/x:v1"), ocispec.Descriptor{Digest: sum(nil), Size: 10})
+			if err != nil {
+				t.Fatal(err)
+			}
+			fails := func(most time.Duration) {
+				t.Helper()
+				began := time.Now()
+				var gone *registry.UnavailableError
+				if _, _, err := fetch(t.Context(), b, 0, 10); !errors.As(err, &gone) {
+					t.Error(err)
+				}
+				if took := time.Since(began); took > most || took < most*9/10-time.Second {
+					t.Errorf("took %v, want %v", took, most)
+				}
+			}
+			fails(wait)
+			fails(short)
+			time.Sleep(time.Second)
+			fails(short)
+			time.Sleep(3 * time.Second)
+			fails(wait)
+			dead = false
+			if _, _, err := fetch(t.Context(), b, 0, 10); err != nil {
+				t.Error(err)
+			}
+			dead = true
+			fails(wait)
+		})
+	}
+}
+
 // While an image is looked for, a host that is not there is an error at once, and
 // everything else soon.
 func TestPatienceOfResolve(t *testing.T) {

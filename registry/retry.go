@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,6 +26,10 @@ type patience struct {
 	// recovery is closed when a host that was in trouble answers again.
 	recovery func() <-chan struct{}
 	happened func(Event) // is told of each retry
+	// Of the bytes of a blob, gaveUp is when it ran out, and usual the limit after
+	// progress. Else nil and 0.
+	gaveUp *atomic.Int64
+	usual  time.Duration
 
 	spent time.Duration // before since
 	since time.Time
@@ -39,6 +44,10 @@ func (p *patience) end()   { p.spent += time.Since(p.since) }
 func (p *patience) progress() {
 	p.spent, p.tries, p.held, p.last = 0, 0, 0, nil
 	p.since = time.Now()
+	if p.gaveUp != nil {
+		p.gaveUp.Store(0)
+		p.limit = p.usual
+	}
 }
 
 // heard says that something moved at that time: what passed since begin and before
@@ -86,6 +95,9 @@ func (p *patience) again(ctx context.Context, err error) error {
 	reserve := min(time.Second, p.limit/10)
 	room := p.left() - reserve
 	if room <= 0 {
+		if p.gaveUp != nil {
+			p.gaveUp.Store(time.Now().UnixNano())
+		}
 		return &UnavailableError{Host: p.host, Waited: p.waited(), Tries: p.tries, Err: p.last}
 	}
 	d, early := p.delay(err)

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync/atomic"
+	"time"
 )
 
 // A session is what a Client knows of one repository.
@@ -20,6 +21,9 @@ type session struct {
 	access  access
 	auth    *authTransport
 	reached atomic.Bool // the registry has answered at least once
+	// gaveUp is when patience for the bytes of a blob ran out, in Unix nanoseconds; 0
+	// if some have come since.
+	gaveUp atomic.Int64
 	// pausedUntil is when a mirror that failed takes its turn again, in Unix
 	// nanoseconds.
 	pausedUntil atomic.Int64
@@ -72,9 +76,21 @@ func (s *session) resolving() *patience {
 	return &patience{limit: s.client.resolveWait, host: s.ref.Host, eager: !s.reached.Load(), recovery: s.client.recovery, happened: s.client.happened}
 }
 
+// Patience that begins within sameRead of when it ran out is short: where a read ahead
+// has failed, a kernel asks once more, and who reads has waited already.
+const (
+	sameRead      = 2 * time.Second
+	shortPatience = 10 * time.Second // and a quarter of Options.ErrorWait at most
+)
+
 // reading is the patience for the bytes of a blob.
 func (s *session) reading() *patience {
-	return &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery, happened: s.client.happened}
+	p := &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery, happened: s.client.happened}
+	p.usual, p.gaveUp = p.limit, &s.gaveUp
+	if at := s.gaveUp.Load(); at != 0 && time.Since(time.Unix(0, at)) < sameRead {
+		p.limit = min(p.limit/4, shortPatience)
+	}
+	return p
 }
 
 // do sends one request for the repository, by one try. path is relative to it.
