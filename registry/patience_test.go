@@ -135,10 +135,10 @@ func TestPatience(t *testing.T) {
 	}
 }
 
-// Who asks once more as soon as patience has run out waits for a quarter of it, and 10 s at most; who comes later, or
+// Who asks once more as soon as patience has run out waits for a quarter of it, 3 s at least and 10 s at most; who comes later, or
 // after something came, for as long as usual.
 func TestPatienceForTheSameRead(t *testing.T) {
-	for wait, short := range map[time.Duration]time.Duration{60 * time.Second: 10 * time.Second, 8 * time.Second: 2 * time.Second} {
+	for wait, short := range map[time.Duration]time.Duration{60 * time.Second: 10 * time.Second, 8 * time.Second: 3 * time.Second, 2 * time.Second: 2 * time.Second} {
 		alone(t)
 		synctest.Test(t, func(t *testing.T) {
 			dead := true

@@ -79,8 +79,10 @@ func (s *session) resolving() *patience {
 // Patience that begins within sameRead of when it ran out is short: where a read ahead
 // has failed, a kernel asks once more, and who reads has waited already.
 const (
-	sameRead      = 2 * time.Second
-	shortPatience = 10 * time.Second // and a quarter of Options.ErrorWait at most
+	sameRead = 2 * time.Second
+	// It is a quarter of Options.ErrorWait, but within these: a host that is back may
+	// not be asked for the first second.
+	shortestPatience, shortPatience = 3 * time.Second, 10 * time.Second
 )
 
 // reading is the patience for the bytes of a blob.
@@ -88,7 +90,7 @@ func (s *session) reading() *patience {
 	p := &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery, happened: s.client.happened}
 	p.usual, p.gaveUp = p.limit, &s.gaveUp
 	if at := s.gaveUp.Load(); at != 0 && time.Since(time.Unix(0, at)) < sameRead {
-		p.limit = min(p.limit/4, shortPatience)
+		p.limit = min(max(p.limit/4, shortestPatience), shortPatience, p.limit)
 	}
 	return p
 }
