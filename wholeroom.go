@@ -11,8 +11,9 @@ import (
 	"syscall"
 )
 
-// roomStep is how much is decompressed before somebody looks how much room there is.
-const roomStep = 64 << 20
+// roomStep is how much is decompressed before somebody looks how much room there is: as much as what others write
+// meanwhile may take of what is to stay free.
+const roomStep = 4 << 20
 
 // A roomWriter writes to a file as long as its file system has room.
 type roomWriter struct {
