@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash"
 	"hash/maphash"
@@ -14,9 +15,6 @@ import (
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
 
-// A fetchFunc is a Fetcher's Fetch.
-type fetchFunc func(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
-
 // A readTwice is a blob that is read from front to back twice: to verify it, and to decompress it. It takes the room of
 // one: what the cache keeps of it is read from there both times, and the rest goes to a file without a name.
 //
@@ -25,7 +23,7 @@ type fetchFunc func(ctx context.Context, off, n int64) (body io.ReadCloser, star
 type readTwice struct {
 	opener  *layerOpener
 	from    *throughCache
-	dir     *os.File // a file in the cache's directory, where there must be room
+	disk    *os.File // a file in the cache's directory, where there must be room
 	spilled int64    // the first byte that is in stored
 	stored  *os.File // nil: there is none
 	release func()   // of what the cache keeps, which stays meanwhile; nil: it does not
@@ -42,7 +40,7 @@ func (w *readTwice) collect(ctx context.Context) error {
 	var piece []byte
 	if t.kept != nil {
 		w.release = t.kept.Pin()
-		_, err := w.opener.checkRoom(w.dir, t.missing())
+		_, err := w.opener.checkRoom(w.disk, t.missing())
 		if err == nil {
 			piece, err = w.collectKept(ctx, sum)
 		}
@@ -80,22 +78,74 @@ func (w *readTwice) collectKept(ctx context.Context, sum hash.Hash) (unkept []by
 	return nil, nil
 }
 
-// collectElsewhere is collect when what came before was wrong, which why says. Nothing of it is used.
-func (w *readTwice) collectElsewhere(ctx context.Context, why error) error {
+// collectAgain is collect when what came before was wrong, which why says: from where it came if that is in doubt, and else
+// from elsewhere. Nothing of what is kept is used, and nothing of it goes before the right bytes are here.
+func (w *readTwice) collectAgain(ctx context.Context, doubt bool, why error) error {
 	w.unpin()
 	w.spilled, w.sums = 0, nil
+	fetch := w.from.remoteBlob.Fetch
+	if !doubt {
+		fetch = func(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+			return w.from.remoteBlob.FetchElsewhere(ctx, off, n, why)
+		}
+	}
 	sum := w.from.Digest().Algorithm().Hash()
-	err := w.spill(ctx, nil, sum, func(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
-		return w.from.FetchElsewhere(ctx, off, n, why)
-	})
-	if err != nil {
+	if err := w.spill(ctx, nil, sum, fetch); err != nil {
 		return err
 	}
 	return w.verify(sum)
 }
 
+// keepAgain has the cache keep the blob that collectAgain got, as far as there is room, in place of what was wrong.
+func (w *readTwice) keepAgain(ctx context.Context, why error) {
+	t, log := w.from, w.opener.log
+	if t.kept == nil {
+		return
+	}
+	log.Warn("what is kept of a layer is wrong, and is removed", "blob", t.Digest(), "err", why)
+	err := t.kept.Purge()
+	if err == nil {
+		err = w.keep(ctx)
+	}
+	if err != nil {
+		log.Warn("a layer that was fetched again is not kept; the next mount fetches it once more", "blob", t.Digest(), "err", err)
+	}
+}
+
+func (w *readTwice) keep(ctx context.Context) (err error) {
+	part := w.from.part
+	b, err := w.opener.cache.Open(part.digest, part.size, storedFetcher{w.stored}, blobcache.OpenOptions{
+		ChunkSize: part.unit, Origin: part.origin, NoReadahead: true,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.Close()) }()
+	buf := make([]byte, min(part.piece, part.size))
+	for off := int64(0); off < part.size && b.Stats().Unkept == 0; off += part.piece {
+		if err := b.ReadAt(ctx, buf[:min(part.piece, part.size-off)], off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A storedFetcher is a blobcache.Fetcher of all of a blob, which is in a file.
+type storedFetcher struct{ *os.File }
+
+func (f storedFetcher) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	return io.NopCloser(io.NewSectionReader(f, off, n)), off, st.Size(), nil
+}
+
+// An askFunc is a Fetcher's Fetch.
+type askFunc func(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
+
 // spill has the blob go to a file from w.spilled on, by one request. Of that, piece came already, and is in sum.
-func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetch fetchFunc) (err error) {
+func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetch askFunc) (err error) {
 	if w.stored == nil {
 		if w.stored, err = unnamedFile(w.opener.dir); err != nil {
 			return err

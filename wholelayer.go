@@ -73,7 +73,7 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *remot
 	}
 	f := &wholeFile{File: file}
 	s.bytes = f // to be closed, whatever happens
-	w := &readTwice{opener: o, from: from, dir: file}
+	w := &readTwice{opener: o, from: from, disk: file}
 	err = errors.Join(o.decompressRight(ctx, f, w, v), w.close())
 	if errors.Is(err, syscall.ENOSPC) {
 		err = fmt.Errorf("%w; choose a directory with more room by --cache-dir", err)
@@ -88,17 +88,26 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *remot
 	return nil
 }
 
-// decompressRight makes f what the blob decompresses to, which is fetched again where it was wrong.
+// decompressRight makes f what the blob decompresses to, which is fetched again where it was wrong. It comes from
+// elsewhere then, unless an earlier mount may have kept what was wrong.
 func (o *layerOpener) decompressRight(ctx context.Context, f *wholeFile, w *readTwice, v registry.Vouched) error {
 	err := w.collect(ctx)
 	if err == nil {
 		err = o.decompressWhole(ctx, f, w, v)
 	}
-	for try := 0; try < w.from.Places() && o.wrongWhole(err); try++ {
+	doubt, tries := w.from.found, w.from.remoteBlob.Places()
+	if doubt {
+		tries++
+	}
+	for ; tries > 0 && o.wrongWhole(err); tries-- {
 		why := err
-		if err = w.collectElsewhere(ctx, why); err == nil {
+		if err = w.collectAgain(ctx, doubt, why); err == nil {
 			err = o.decompressWhole(ctx, f, w, v)
 		}
+		if err == nil {
+			w.keepAgain(ctx, why)
+		}
+		doubt = false
 	}
 	return err
 }
