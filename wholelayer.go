@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/opencontainers/go-digest"
@@ -112,20 +113,22 @@ func (o *layerOpener) decompressRight(ctx context.Context, f *wholeFile, w *read
 	return err
 }
 
-// wholeHolder is the blob, all of which is kept as it is, unless it would take so much of the cache that it might push
-// out what of itself was not read yet.
+// wholeHolder is the blob, all of which is kept as it is, unless nothing is kept yet and it would take more than half of
+// what the cache may take: so much else is not to go for one layer that is read once for each mount.
 func (o *layerOpener) wholeHolder(s *layerSource, blob *remoteBlob) (*throughCache, error) {
 	const unit, piece = 256 << 10, 8 << 20
-	u, err := o.cache.Usage()
-	if err != nil {
-		return nil, err
-	}
 	part := keptPart{digest: blob.Digest().String(), size: blob.Size(), unit: unit, piece: piece, origin: origin("whole"), layer: true}
 	if o.verify == verifyOff {
 		part.origin = origin("whole", plain(blob))
 	}
-	if u.Limit > 0 && blob.Size() > u.Limit/2 {
-		part.size = 0
+	if limit := o.cache.Stats().Limit; limit > 0 && blob.Size() > limit/2 {
+		sizes, err := o.cache.Sizes(part.digest, part.origin)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(sizes, part.size) {
+			part.size = 0
+		}
 	}
 	return o.throughCache(s, blob, part)
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -174,5 +177,32 @@ func TestWholeKeptWrong(t *testing.T) {
 				t.Errorf("%s: %s", verify, s.log.String())
 			}
 		}
+	}
+}
+
+// TestWholeOfHalfTheCache: a layer that takes more than half of the cache is not kept; one that is kept already is used,
+// whatever the cache may take now.
+func TestWholeOfHalfTheCache(t *testing.T) {
+	s := newShelf(t, verifiable.Options{Zstd: true})
+	size := int64(len(s.blobs[0].Data))
+	s.size = fmt.Sprint(size * 3 / 2)
+	s.fill()
+	if kept := s.files(func(path string, _ fs.FileInfo) bool {
+		return strings.Contains(path, digest.FromBytes(s.blobs[0].Data).Encoded())
+	}); len(kept) > 0 {
+		t.Errorf("kept are %q", kept)
+	}
+	s.size = ""
+	s.fill()
+	s.size = fmt.Sprint(size * 3 / 2)
+	for _, offline := range []bool{false, true} {
+		o := s.mustOpen(offline)
+		if st := s.registry.Stats(); st.BlobGETs != 0 {
+			t.Errorf("offline %v: %+v, want no GET of blobs", offline, st)
+		}
+		if failed := s.readAll(o); failed > 0 {
+			t.Errorf("offline %v: %d reads failed", offline, failed)
+		}
+		must(t, o.Close())
 	}
 }
