@@ -36,6 +36,7 @@ type shelf struct {
 	options  registry.Options
 	verify   string
 	size     string // --cache-size
+	free     string // --cache-min-free
 	blob     digest.Digest
 	said     bytes.Buffer
 	log      bytes.Buffer
@@ -73,7 +74,7 @@ func (s *shelf) open(offline bool) (*opened, error) {
 	s.t.Helper()
 	ref, err := parseRef(s.ref)
 	must(s.t, err)
-	o := &sourceOptions{ref: ref, client: s.options, cacheDir: s.dir, verify: s.verify, keep: keepOptions{size: s.size}}
+	o := &sourceOptions{ref: ref, client: s.options, cacheDir: s.dir, verify: s.verify, keep: keepOptions{size: s.size, minFree: s.free}}
 	o.selector.Blob = s.blob
 	if offline {
 		o.goOffline()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -62,5 +63,50 @@ func TestTreeConnections(t *testing.T) {
 			must(t, cache.Close())
 			must(t, client.Close())
 		}
+	}
+}
+
+// TestTreeWithoutRanges: a server that answers each request with the whole blob sends the tree behind it, too, so that a
+// body that goes on and on takes the only connection for as long as parts of the tree are needed to verify it.
+func TestTreeWithoutRanges(t *testing.T) {
+	const mib = 1 << 20
+	image := imageBytes(100 * mib)
+	b := verifiable.Make(t, image, verifiable.Options{Verity: true})
+	for name, size := range map[string]int64{"kept": 0, "no room": 1} {
+		t.Run(name, func(t *testing.T) {
+			p := push(t, b, false)
+			p.registry.SetFault(fakeregistry.NoRanges().OnBlobs())
+			r, err := p.openBy(t, t.TempDir(), verifyRequire, registry.Options{MaxConnsPerHost: 1, ErrorWait: 3 * time.Second}, blobcache.Options{MaxBytes: size})
+			must(t, err)
+			last := []byte{0}
+			must(t, r.ReadAt(t.Context(), last, int64(len(image))-1))
+			if last[0] != image[len(image)-1] {
+				t.Error("wrong byte")
+			}
+			if size > 0 {
+				return // each read costs as much
+			}
+			if failed := r.readAll(image, mib); failed > 0 {
+				t.Errorf("%d reads failed", failed)
+			}
+			// Of the four parts of the tree, of the body that turns out to be the whole blob, and of the one that is read.
+			if n, _ := p.gets(); n > 6 {
+				t.Errorf("%d GETs, want 6 at most", n)
+			}
+		})
+	}
+}
+
+// TestTreeFromTheFront is the same from the first byte on: that it is the whole blob shows later.
+func TestTreeFromTheFront(t *testing.T) {
+	const mib = 1 << 20
+	image := imageBytes(100 * mib)
+	b := verifiable.Make(t, image, verifiable.Options{Verity: true})
+	p := push(t, b, false)
+	p.registry.SetFault(fakeregistry.NoRanges().OnBlobs())
+	r, err := p.openIn(t, t.TempDir(), verifyRequire, registry.Options{MaxConnsPerHost: 1, ErrorWait: 3 * time.Second})
+	must(t, err)
+	if failed := r.readAll(image, mib); failed > 0 {
+		t.Errorf("%d reads failed", failed)
 	}
 }

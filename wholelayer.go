@@ -2,18 +2,16 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/erofs-oci/erofs-oci/registry"
-	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/chunked"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 )
@@ -76,15 +74,8 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *remot
 	}
 	f := &wholeFile{File: file}
 	s.bytes = f // to be closed, whatever happens
-	stored, err := unnamedFile(o.dir)
-	if err != nil {
-		return err
-	}
-	defer stored.Close() // it has no name, and is of no use any more
-	err = o.fetchAndDecompress(ctx, f, stored, from, v, nil)
-	for try := 0; try < from.Places() && o.wrongWhole(err); try++ {
-		err = o.fetchAndDecompress(ctx, f, stored, from, v, err)
-	}
+	w := &readTwice{opener: o, from: from, disk: file}
+	err = errors.Join(o.decompressRight(ctx, f, w, v), w.close())
 	if errors.Is(err, syscall.ENOSPC) {
 		err = fmt.Errorf("%w; choose a directory with more room by --cache-dir", err)
 	}
@@ -98,20 +89,46 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *remot
 	return nil
 }
 
-// wholeHolder is the blob, all of which is kept as it is, unless it would take so much of the cache that it might push
-// out what of itself was not read yet.
+// decompressRight makes f what the blob decompresses to, which is fetched again where it was wrong. It comes from
+// elsewhere then, unless an earlier mount may have kept what was wrong.
+func (o *layerOpener) decompressRight(ctx context.Context, f *wholeFile, w *readTwice, v registry.Vouched) error {
+	err := w.collect(ctx)
+	if err == nil {
+		err = o.decompressWhole(ctx, f, w, v)
+	}
+	doubt, tries := w.from.found, w.from.remoteBlob.Places()
+	if doubt {
+		tries++
+	}
+	for ; tries > 0 && o.wrongWhole(err); tries-- {
+		why := err
+		if err = w.collectAgain(ctx, doubt, why); err == nil {
+			err = o.decompressWhole(ctx, f, w, v)
+		}
+		if err == nil {
+			w.keepAgain(ctx, why)
+		}
+		doubt = false
+	}
+	return err
+}
+
+// wholeHolder is the blob, all of which is kept as it is, unless nothing is kept yet and it would take more than half of
+// what the cache may take: so much else is not to go for one layer that is read once for each mount.
 func (o *layerOpener) wholeHolder(s *layerSource, blob *remoteBlob) (*throughCache, error) {
 	const unit, piece = 256 << 10, 8 << 20
-	u, err := o.cache.Usage()
-	if err != nil {
-		return nil, err
-	}
 	part := keptPart{digest: blob.Digest().String(), size: blob.Size(), unit: unit, piece: piece, origin: origin("whole"), layer: true}
 	if o.verify == verifyOff {
 		part.origin = origin("whole", plain(blob))
 	}
-	if u.Limit > 0 && blob.Size() > u.Limit/2 {
-		part.size = 0
+	if limit := o.cache.Stats().Limit; limit > 0 && blob.Size() > limit/2 {
+		sizes, err := o.cache.Sizes(part.digest, part.origin)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(sizes, part.size) {
+			part.size = 0
+		}
 	}
 	return o.throughCache(s, blob, part)
 }
@@ -123,148 +140,23 @@ func (o *layerOpener) wrongWhole(err error) bool {
 	return errors.As(err, &wrong) || o.verify == verifyOff && errors.Is(err, integrity.ErrCorrupt)
 }
 
-// fetchAndDecompress makes stored the blob, and f what it decompresses to. why is what was
-// wrong the last time.
-func (o *layerOpener) fetchAndDecompress(ctx context.Context, f *wholeFile, stored *os.File, blob *throughCache, v registry.Vouched, why error) error {
-	for _, file := range []*os.File{stored, f.File} {
-		if err := rewind(file); err != nil {
-			return err
-		}
-		if err := file.Truncate(0); err != nil {
-			return err
-		}
-	}
-	if err := o.fetchWhole(ctx, stored, blob, why); err != nil {
+// decompressWhole makes f what the frames of w hold, as long as there is room: no annotation says how much that is.
+func (o *layerOpener) decompressWhole(ctx context.Context, f *wholeFile, w *readTwice, v registry.Vouched) error {
+	if err := restart(f.File); err != nil {
 		return err
 	}
-	if err := rewind(stored); err != nil {
-		return err
-	}
-	return o.decompressWhole(ctx, f, stored, v)
-}
-
-func rewind(f *os.File) error {
-	_, err := f.Seek(0, io.SeekStart)
-	return err
-}
-
-// fetchWhole makes stored the blob, which has its digest then.
-func (o *layerOpener) fetchWhole(ctx context.Context, stored *os.File, blob *throughCache, why error) error {
-	if err := o.checkRoom(stored, blob.Size()); err != nil {
-		return err
-	}
-	fetch := blob.Fetch
-	if why != nil {
-		fetch = func(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
-			return blob.FetchElsewhere(ctx, off, n, why)
-		}
-	}
-	// It is no metadata: the mount waits for its data.
-	body, start, _, err := fetch(registry.WithCause(ctx, string(blobcache.Demand)), 0, blob.Size())
-	if err != nil {
-		return err
-	}
-	defer body.Close() // what it has was read, or is of no use
-	if start != 0 {
-		return fmt.Errorf("its body starts at %d", start)
-	}
-	sum := blob.Digest().Algorithm().Hash()
-	// One byte more than there may be: a longer body is noticed, and is not kept.
-	n, err := io.Copy(io.MultiWriter(stored, sum), io.LimitReader(body, blob.Size()+1))
-	if err != nil {
-		return err
-	}
-	if n != blob.Size() {
-		return &wrongError{fmt.Errorf("its body has %d bytes or more, and it has %d", n, blob.Size())}
-	}
-	if o.verify == verifyOff {
-		return nil
-	}
-	if got := digest.NewDigest(blob.Digest().Algorithm(), sum); got != blob.Digest() {
-		return &wrongError{fmt.Errorf("it was changed: its digest is %s", got)}
-	}
-	return nil
-}
-
-// decompressWhole makes f what the frames in stored hold, as long as there is room: no
-// annotation says how much that is.
-func (o *layerOpener) decompressWhole(ctx context.Context, f *wholeFile, stored io.Reader, v registry.Vouched) (err error) {
 	plain := digest.Canonical
 	if v.Uncompressed != "" {
 		plain = v.Uncompressed.Algorithm()
 	}
 	image := plain.Hash()
 	to := &roomWriter{ctx: ctx, opener: o, file: f.File}
-	if f.size, err = chunked.Decompress(io.MultiWriter(to, image), stored, maxDecompressed); err != nil {
+	var err error
+	if f.size, err = chunked.Decompress(io.MultiWriter(to, image), w.reader(ctx), maxDecompressed); err != nil {
 		return err
 	}
 	if got := digest.NewDigest(plain, image); o.verify != verifyOff && v.Uncompressed != "" && got != v.Uncompressed {
 		return fmt.Errorf("it decompresses to %s, and the manifest says to %s", got, v.Uncompressed)
 	}
 	return nil
-}
-
-// roomStep is how much is decompressed before somebody looks how much room there is.
-const roomStep = 64 << 20
-
-// A roomWriter writes to a file as long as its file system has room.
-type roomWriter struct {
-	ctx    context.Context
-	opener *layerOpener
-	file   *os.File
-	left   int64 // of a step
-}
-
-func (w *roomWriter) Write(p []byte) (int, error) {
-	if err := w.ctx.Err(); err != nil {
-		return 0, err
-	}
-	if w.left < int64(len(p)) {
-		if err := w.opener.checkRoom(w.file, int64(len(p))); err != nil {
-			return 0, err
-		}
-		w.left = max(roomStep, int64(len(p)))
-	}
-	n, err := w.file.Write(p)
-	w.left -= int64(n)
-	return n, err
-}
-
-// checkRoom is an error if the file system of f had less than --cache-min-free left after n
-// more bytes.
-func (o *layerOpener) checkRoom(f *os.File, n int64) error {
-	keep := max(o.cache.MinFree(), 0)
-	room := o.room
-	if room == nil {
-		room = roomOf
-	}
-	free, err := room(f)
-	if err != nil {
-		return err
-	}
-	if free >= keep && n <= free-keep {
-		return nil
-	}
-	return fmt.Errorf("%s has %d bytes free, of which %d are to stay free (--cache-min-free), and %d more are needed at least: %w", o.dir, free, keep, n, syscall.ENOSPC)
-}
-
-// roomOf is how much can be written where f is.
-func roomOf(f *os.File) (int64, error) {
-	var st syscall.Statfs_t
-	if err := syscall.Fstatfs(int(f.Fd()), &st); err != nil {
-		return 0, fmt.Errorf("statfs %s: %w", f.Name(), err)
-	}
-	return int64(st.Bavail) * int64(st.Frsize), nil
-}
-
-// unnamedFile is a file in dir that nobody else can open.
-func unnamedFile(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "decompressed."+rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Remove(f.Name()); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
 }

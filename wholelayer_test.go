@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -11,10 +13,12 @@ import (
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
+	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -111,5 +115,94 @@ func TestWholeThatIsNoZstd(t *testing.T) {
 	}
 	if n, _ := p.gets(); n != 1 {
 		t.Errorf("%d GETs, want 1", n)
+	}
+}
+
+// TestWholeWrongOnce: a layer of which wrong bytes came is fetched again, and it is the right one that is kept.
+func TestWholeWrongOnce(t *testing.T) {
+	for _, verify := range []string{verifyAuto, verifyOff} {
+		s := newShelf(t, verifiable.Options{Zstd: true})
+		s.verify = verify
+		// In the magic number of a frame, so that it is noticed in any case.
+		s.registry.SetFault(flips(s.blobs[0], s.blobs[0].Frames[2], false).OnBlobs())
+		o := s.mustOpen(false)
+		if st := s.registry.Stats(); st.BlobGETs != 2 {
+			t.Errorf("%s: %+v, want 2 GETs of blobs", verify, st)
+		}
+		must(t, o.Close())
+		o = s.mustOpen(false)
+		if st := s.registry.Stats(); st.BlobGETs != 0 {
+			t.Errorf("%s, once more: %+v, want no GET of blobs", verify, st)
+		}
+		must(t, o.Close())
+		s.registry.Stop()
+		if failed := s.readAll(s.mustOpen(true)); failed > 0 {
+			t.Errorf("%s: %d reads failed", verify, failed)
+		}
+	}
+}
+
+// TestWholeKeptWrong: of a layer that an earlier mount kept wrong no registry is blamed. It goes when the right one is here,
+// and not before: who is sent wrong bytes again is no worse off.
+func TestWholeKeptWrong(t *testing.T) {
+	for _, verify := range []string{verifyAuto, verifyOff} {
+		s := newShelf(t, verifiable.Options{Zstd: true})
+		s.verify, s.options.Logger = verify, slog.New(slog.NewTextHandler(&s.log, nil))
+		o := s.mustOpen(false)
+		part := o.layers[0].blob.beside[0].part
+		must(t, o.Close())
+		s.lie(part, s.blobs[0].Frames[1])
+		bad := flips(s.blobs[0], s.blobs[0].Frames[2], true).OnBlobs()
+		for _, c := range []struct {
+			fault fakeregistry.Plan
+			gets  int
+			blame bool // the registry
+			ok    bool
+		}{{bad, 2, true, false}, {nil, 1, false, true}, {bad, 0, false, true}} {
+			s.registry.SetFault(c.fault)
+			o, err := s.open(false)
+			if (err == nil) != c.ok {
+				t.Errorf("%s, %+v: %v", verify, c, err)
+			}
+			if err == nil {
+				must(t, o.Close())
+			}
+			if st := s.registry.Stats(); st.BlobGETs != c.gets {
+				t.Errorf("%s: %+v, want %d GETs of blobs", verify, st, c.gets)
+			}
+			if blame := strings.Contains(s.log.String(), "bytes of a blob are wrong"); blame != c.blame {
+				t.Errorf("%s: %s", verify, s.log.String())
+			}
+			if removed := strings.Contains(s.log.String(), "is removed"); removed != (c.ok && c.gets > 0) {
+				t.Errorf("%s: %s", verify, s.log.String())
+			}
+		}
+	}
+}
+
+// TestWholeOfHalfTheCache: a layer that takes more than half of the cache is not kept; one that is kept already is used,
+// whatever the cache may take now.
+func TestWholeOfHalfTheCache(t *testing.T) {
+	s := newShelf(t, verifiable.Options{Zstd: true})
+	size := int64(len(s.blobs[0].Data))
+	s.size = fmt.Sprint(size * 3 / 2)
+	s.fill()
+	if kept := s.files(func(path string, _ fs.FileInfo) bool {
+		return strings.Contains(path, digest.FromBytes(s.blobs[0].Data).Encoded())
+	}); len(kept) > 0 {
+		t.Errorf("kept are %q", kept)
+	}
+	s.size = ""
+	s.fill()
+	s.size = fmt.Sprint(size * 3 / 2)
+	for _, offline := range []bool{false, true} {
+		o := s.mustOpen(offline)
+		if st := s.registry.Stats(); st.BlobGETs != 0 {
+			t.Errorf("offline %v: %+v, want no GET of blobs", offline, st)
+		}
+		if failed := s.readAll(o); failed > 0 {
+			t.Errorf("offline %v: %d reads failed", offline, failed)
+		}
+		must(t, o.Close())
 	}
 }

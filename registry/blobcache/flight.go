@@ -434,7 +434,8 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	err := f.keep(chunk, pend, data)
 	if err != nil && !errors.Is(err, errLocked) {
 		f.unkept = noRoom(err)
-		if !f.background { // who prefetches is told
+		s.counters.unkept.Add(1) // before who waits for it has it
+		if !f.background {       // who prefetches is told
 			s.cache.cannotKeep(err)
 		}
 	}

@@ -78,7 +78,7 @@ type pending struct {
 }
 
 type counters struct {
-	fetches, fetchesDemand, fetchesAhead, fetchesPrefetch, bytesFetched, bytesDemand, bytesAhead, bytesPrefetch, bytesServed, hits, misses, chunksPresent atomic.Int64
+	fetches, fetchesDemand, fetchesAhead, fetchesPrefetch, bytesFetched, bytesDemand, bytesAhead, bytesPrefetch, bytesServed, hits, misses, unkept, chunksPresent atomic.Int64
 }
 
 // Stats counts what the blobs of one digest did since the first of them was opened.
@@ -94,6 +94,7 @@ type Stats struct {
 	BytesServed     int64 // copied to readers by reads that succeeded
 	Hits            int64 // reads that found all they wanted present
 	Misses          int64 // reads that had to wait
+	Unkept          int64 // chunks that came, and for which there was no room
 
 	ChunksPresent, ChunksTotal int64
 }
@@ -337,6 +338,7 @@ func (s *store) stats() Stats {
 		BytesServed:     s.counters.bytesServed.Load(),
 		Hits:            s.counters.hits.Load(),
 		Misses:          s.counters.misses.Load(),
+		Unkept:          s.counters.unkept.Load(),
 		ChunksPresent:   s.counters.chunksPresent.Load(),
 		ChunksTotal:     s.chunks,
 	}

@@ -120,6 +120,43 @@ func TestOneConnection(t *testing.T) {
 	}
 }
 
+// TestOneConnectionWholeBodies: who has the only connection, by which the whole blob comes since the server knows no
+// ranges, can verify all of it. A body that is not known to be that ends where it was asked to.
+func TestOneConnectionWholeBodies(t *testing.T) {
+	const unit, span = 256 << 10, 8 << 20
+	b := verifiable.Make(t, random(treeSize), verifiable.Options{Verity: true})
+	for _, offs := range [][]int64{{span}, {0, span}, {3 * span, 0}} {
+		s := serve(b.Data, nil)
+		s.whole = true
+		tree, err := verified.OpenTree(t.Context(), oneLine(t, s, false), root(t, b))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k, off := range offs {
+			body, start, _, err := tree.Fetch(t.Context(), off, span)
+			if err != nil {
+				t.Fatalf("%v: at %d: %v", offs, off, err)
+			}
+			want := int64(len(b.Data))
+			if k == 0 && off == 0 {
+				want = span
+			}
+			p, err := io.ReadAll(body)
+			if err != nil || start != 0 || int64(len(p)) != want {
+				t.Errorf("%v: at %d: %d bytes from %d, %v; want %d", offs, off, len(p), start, err, want)
+			}
+			for at := int64(0); at < int64(len(p)); at += unit {
+				if err := tree.Verify(t.Context(), p[at:min(at+unit, int64(len(p)))], at); err != nil {
+					t.Errorf("%v: at %d: %v", offs, at, err)
+				}
+			}
+			if err := body.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // TestOneConnectionManyReaders: the same, with 16 who come at once and wait for each other.
 func TestOneConnectionManyReaders(t *testing.T) {
 	const unit = 256 << 10

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 )
@@ -25,7 +26,8 @@ type Tree struct {
 	suspects
 	verifier *integrity.Verifier
 	parts    *parts
-	size     int64 // of the data
+	size     int64       // of the data
+	whole    atomic.Bool // the server sends the whole blob whatever it is asked for
 	wrongLeaves
 }
 
@@ -82,9 +84,30 @@ func (t *Tree) Size() int64 { return t.size }
 
 // Fetch is a Fetcher's. What it is asked for of the tree, as by a cache that reads ahead, is
 // not fetched twice. What Verify needs of the tree for these bytes is had before the body
-// is, which keeps a connection until it is read: see Prepare.
+// is, which keeps a connection until it is read: see Prepare. Where the whole blob comes,
+// whatever is asked for, that is what all of it is verified by.
 func (t *Tree) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
-	release, err := t.Prepare(ctx, off, n)
+	all := t.whole.Load()
+	body, start, total, err = t.fetchPrepared(ctx, off, n, all)
+	if err != nil || all || start == off || !t.further() {
+		return body, start, total, err
+	}
+	t.whole.Store(true)
+	if err := body.Close(); err != nil {
+		return nil, 0, 0, err
+	}
+	return t.fetchPrepared(ctx, off, n, true)
+}
+
+// fetchPrepared is Fetch of what can be verified without the network: of all, or of what is
+// asked for. In that case a body from the first byte has no more than that: if it went on,
+// the rest could not be verified.
+func (t *Tree) fetchPrepared(ctx context.Context, off, n int64, all bool) (body io.ReadCloser, start, total int64, err error) {
+	from, size := off, n
+	if all {
+		from, size = 0, t.size
+	}
+	release, err := t.Prepare(ctx, from, size)
 	if err != nil {
 		return nil, 0, 0, err
 	}
@@ -95,7 +118,37 @@ func (t *Tree) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, sta
 		release()
 		return nil, 0, 0, err
 	}
+	if !all && off == 0 && start == 0 && t.further() {
+		body = &first{ReadCloser: body, left: n, whole: &t.whole}
+	}
 	return &prepared{body, release}, start, total, nil
+}
+
+// further says that more of the tree than what OpenTree has read may be needed, and that
+// there is room to remember all of it.
+func (t *Tree) further() bool {
+	n := t.parts.end - t.parts.off
+	return n > partSize && n <= maxParts*partSize
+}
+
+// A first is the first left bytes of a body, which notes whether there are more.
+type first struct {
+	io.ReadCloser
+	left  int64
+	whole *atomic.Bool
+}
+
+func (f *first) Read(p []byte) (int, error) {
+	n, err := f.ReadCloser.Read(p)
+	if int64(n) > f.left {
+		f.whole.Store(true)
+		n, err = int(f.left), nil
+		if n == 0 {
+			err = io.EOF
+		}
+	}
+	f.left -= int64(n)
+	return n, err
 }
 
 // A partsReader reads parts of the tree one after the other.
