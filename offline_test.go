@@ -82,7 +82,8 @@ func (s *shelf) open(offline bool) (*opened, error) {
 	s.log.Reset()
 	s.registry.ResetStats()
 	p := &program{stderr: &s.said, stdout: io.Discard, getenv: func(string) string { return "" }}
-	return p.open(s.t.Context(), o, slog.New(slog.NewTextHandler(&s.log, nil)))
+	o.client.Logger = slog.New(slog.NewTextHandler(&s.log, nil))
+	return p.open(s.t.Context(), o, o.client.Logger)
 }
 
 func (s *shelf) mustOpen(offline bool) *opened {
