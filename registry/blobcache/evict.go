@@ -156,7 +156,7 @@ func (t *tenant) removeBroken() error {
 // victims lists the regions of a blob in which there are chunks.
 func (t *tenant) victims() (list []victim, err error) {
 	if t.store != nil {
-		return t.regions(t.store.disk, t.store.uses())
+		return t.regions(t.store.disk, t.store.lastUses())
 	}
 	err = t.open(func(d *disk) error {
 		uses, err := d.lastUses()
@@ -297,13 +297,4 @@ func (s *store) lease(region int64) error {
 	}
 	s.leased.set(region)
 	return nil
-}
-
-// uses are the times by which regions go.
-func (s *store) uses() []int64 {
-	uses := make([]int64, len(s.used))
-	for r := range uses {
-		uses[r] = s.used[r].Load()
-	}
-	return uses
 }
