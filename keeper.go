@@ -34,8 +34,8 @@ type keeper struct {
 	from       string             // as registry.Repository.Origin says
 	log        *slog.Logger
 
-	mu   sync.Mutex               // guards what follows
-	used map[digest.Digest][]byte // documents of the image
+	mu   sync.Mutex                        // guards what follows
+	held map[digest.Digest]*blobcache.Blob // documents of the image, which stay as long as they are open
 }
 
 // recordsDir is where what tags led to is kept, below the cache's directory.
@@ -83,8 +83,7 @@ func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log 
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.ref, err)
 	}
-	o.keeper = &keeper{cache: o.cache, tags: o.records, from: from, log: log, used: make(map[digest.Digest][]byte)}
-	o.keeper.repository = registry.Reference{Host: s.ref.registry.Host, Repository: s.ref.registry.Repository}
+	o.keeper = newKeeper(o, s.ref.registry, from, log)
 	keep := registry.Keep{Documents: o.keeper, Tags: o.keeper}
 	if s.offline {
 		keep.Offline = errOffline
@@ -96,6 +95,43 @@ func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log 
 		}
 	}
 	return err
+}
+
+func newKeeper(o *opened, ref registry.Reference, from string, log *slog.Logger) *keeper {
+	return &keeper{
+		cache: o.cache, tags: o.records, from: from, log: log, held: make(map[digest.Digest]*blobcache.Blob),
+		repository: registry.Reference{Host: ref.Host, Repository: ref.Repository},
+	}
+}
+
+// openRecordedCache opens the cache for layers that come from a record. The documents of their image are not needed, but are
+// to stay with them.
+func (p *program) openRecordedCache(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
+	if err := p.openCache(o, s, log); err != nil {
+		return err
+	}
+	from, err := o.client.Repository(ref).Origin()
+	if err != nil {
+		return fmt.Errorf("%s: %w", ref, err)
+	}
+	o.keeper = newKeeper(o, ref, from, log)
+	o.keeper.hold(ctx, o.image.Digest)
+	index := ref.Digest
+	if index == "" {
+		index, _ = o.keeper.Last(ref.Tag) // where nothing is known of it, there is nothing to hold
+	}
+	o.keeper.hold(ctx, index)
+	return nil
+}
+
+// hold has a document stay that is kept.
+func (k *keeper) hold(ctx context.Context, d digest.Digest) {
+	if d == "" {
+		return
+	}
+	if _, err := k.Get(ctx, d); err != nil && ctx.Err() == nil {
+		k.log.Warn("a document of the image is not kept; --offline will not find it", "blob", d, "err", err)
+	}
 }
 
 // unreachable says that nobody answered.
@@ -137,10 +173,10 @@ func (k *keeper) Put(ctx context.Context, d digest.Digest, raw []byte) {
 	}
 }
 
-// read reads a document through the cache, which keeps it if it comes from f.
+// read reads a document through the cache, which keeps it if it comes from f, and has it stay.
 func (k *keeper) read(ctx context.Context, d digest.Digest, size int64, f blobcache.Fetcher) (raw []byte, err error) {
 	b, err := k.cache.Open(d.String(), size, f, blobcache.OpenOptions{
-		ChunkSize: oneUnit(size), Origin: k.origin(),
+		ChunkSize: oneUnit(size), Origin: k.origin(), Beneath: true, NoReadahead: true,
 		Verify: func(_ context.Context, p []byte, _ int64) error {
 			if got := d.Algorithm().FromBytes(p); got != d {
 				return wrongDocument{got}
@@ -151,14 +187,16 @@ func (k *keeper) read(ctx context.Context, d digest.Digest, size int64, f blobca
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, b.Close()) }()
 	raw = make([]byte, size)
 	if err := b.ReadAt(ctx, raw, 0); err != nil {
-		return nil, err
+		return nil, errors.Join(err, b.Close())
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.used[d] = raw
+	if k.held[d] != nil {
+		return raw, b.Close()
+	}
+	k.held[d] = b
 	return raw, nil
 }
 
@@ -199,16 +237,16 @@ func (k *keeper) reference(tag string) string {
 	return ref.String()
 }
 
-// Close notes that the documents were of use until now: without them an image that is all here cannot be mounted
-// offline. Those that went meanwhile are kept once more.
-func (k *keeper) Close() {
+// Close lets go of the documents: without them an image that is all here could not be mounted offline.
+func (k *keeper) Close() error {
 	k.mu.Lock()
-	used := k.used
-	k.used = make(map[digest.Digest][]byte)
-	k.mu.Unlock()
-	for d, raw := range used {
-		k.Put(context.Background(), d, raw)
+	defer k.mu.Unlock()
+	var errs []error
+	for _, b := range k.held {
+		errs = append(errs, b.Close())
 	}
+	clear(k.held)
+	return errors.Join(errs...)
 }
 
 // nothing is a blobcache.Fetcher of what is not to be fetched.

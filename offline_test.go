@@ -374,6 +374,8 @@ func TestReattachedOffline(t *testing.T) {
 	if failed := s.readAll(again); failed > 0 {
 		t.Errorf("%d reads failed", failed)
 	}
+	s.prune() // it holds the documents, as the first server did
+	must(t, s.mustOpen(true).Close())
 	must(t, again.Close())
 	if n := door.called(); n != 0 {
 		t.Errorf("somebody came %d times", n)

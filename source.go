@@ -244,7 +244,7 @@ type opened struct {
 	layers []openedLayer // the lowest first
 	cache  *blobcache.Cache
 	dir    string // the cache's
-	// records and keeper have what is kept beside layers; keeper is nil where nothing had to be resolved.
+	// records and keeper have what is kept beside layers.
 	records *lastknown.Store
 	keeper  *keeper
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
@@ -320,7 +320,7 @@ func (o *opened) chooseLayers(ctx context.Context, s *sourceOptions) error {
 // What is to be fetched for that is fetched at the same time for all of them.
 func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
 	if o.cache == nil { // the layers are those of a record
-		if err := p.openCache(o, s, log); err != nil {
+		if err := p.openRecordedCache(ctx, o, ref, s, log); err != nil {
 			return err
 		}
 	}
@@ -476,7 +476,7 @@ func (o *opened) Close() error {
 		}
 	}
 	if o.keeper != nil {
-		o.keeper.Close()
+		errs = append(errs, o.keeper.Close())
 	}
 	if o.records != nil {
 		errs = append(errs, o.records.Close())

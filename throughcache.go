@@ -158,11 +158,10 @@ func (t *throughCache) asked(off, n int64) (why error) {
 	return why
 }
 
-// Close notes that the part was of use until now, lest it goes before the image that it belongs to.
+// Close ends it. What is a layer by itself was of use until now: it was decompressed when it was opened.
 func (t *throughCache) Close() error {
-	var one [1]byte
-	for off := int64(0); off < t.part.size; off += t.part.unit {
-		t.kept.ReadResident(one[:], off)
+	if t.part.layer {
+		t.kept.Touch()
 	}
 	return t.kept.Close()
 }

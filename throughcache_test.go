@@ -327,7 +327,7 @@ func (s *shelf) lie(part keptPart, at int) {
 }
 
 // TestKeptUntilTheEnd: what an image needs beside its layers counts as used until the mount ends, so that it does not go
-// before them. What of it went all the same is kept once more.
+// before them.
 func TestKeptUntilTheEnd(t *testing.T) {
 	s := newShelf(t, verifiable.Options{Chunk: testChunk})
 	s.fill()
@@ -358,19 +358,80 @@ func TestKeptUntilTheEnd(t *testing.T) {
 	if documents, index := used(); !documents.After(began) || !index.After(began) {
 		t.Errorf("mounted at %v; documents were used at %v, the index at %v", began, documents, index)
 	}
+}
 
-	s = newShelf(t, verifiable.Options{})
-	o = s.mustOpen(false)
-	_, err := o.cache.Prune(0)
-	must(t, err)
-	if _, err := s.open(true); !errors.Is(err, errOffline) {
-		t.Errorf("the test proves nothing: %v", err)
+// TestPruneWhileMounted: what a mounted image needs without the registry is in use, and stays.
+func TestPruneWhileMounted(t *testing.T) {
+	for name, kinds := range map[string][]verifiable.Options{"nothing": {{}}, "index": {{Chunk: testChunk}}, "tree": {{Verity: true}}} {
+		s := newShelf(t, kinds...)
+		o := s.mustOpen(false)
+		s.prune()
+		if n := len(s.records()); n != 1 {
+			t.Errorf("%s: %d records", name, n)
+		}
+		again, err := s.open(true)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		must(t, errors.Join(again.Close(), o.Close()))
+		s.prune()
+		if _, err := s.open(true); !errors.Is(err, errNeverMounted) {
+			t.Errorf("%s: unmounted, and pruned: %v", name, err)
+		}
 	}
-	must(t, o.Close())
-	s.mustOpen(true)
-	if !strings.Contains(s.said.String(), "layer 0: 0% of it is here") {
-		t.Errorf("said %q", s.said.String())
+}
+
+// prune is what cache prune does.
+func (s *shelf) prune() {
+	s.t.Helper()
+	var stderr bytes.Buffer
+	if code := run([]string{"erofs-oci", "cache", "prune", "--cache-dir=" + s.dir}, strings.NewReader(""), io.Discard, &stderr); code != 0 {
+		s.t.Errorf("cache prune: %s", stderr.String())
 	}
+}
+
+// records are the files of what tags led to.
+func (s *shelf) records() []string {
+	return s.files(func(path string, _ fs.FileInfo) bool { return filepath.Base(filepath.Dir(path)) == "references" })
+}
+
+// TestDataGoesFirst: in a long mount what the layer is verified by was read long ago, and goes after all that was read
+// since; so an image whose data are here can be mounted offline.
+func TestDataGoesFirst(t *testing.T) {
+	const mib = 1 << 20
+	for name, kind := range map[string]verifiable.Options{"index": {Chunk: testChunk}, "tree": {Verity: true}} {
+		s := newShelf(t, kind)
+		s.size = "16M"
+		o := s.mustOpen(false)
+		other := pattern(64 * mib)
+		b, err := o.cache.Open(digest.FromString("another").String(), int64(other), other, blobcache.OpenOptions{NoReadahead: true})
+		must(t, err)
+		for off := int64(0); off < b.Size(); off += mib {
+			must(t, b.ReadAt(t.Context(), make([]byte, mib), off))
+			if failed := s.readAll(o); failed > 0 {
+				t.Fatalf("%d reads failed", failed)
+			}
+		}
+		must(t, o.Close())
+		s.registry.Stop()
+		o, err = s.open(true)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if failed := s.readAll(o); failed > 0 {
+			t.Errorf("%s: %d reads failed", name, failed)
+		}
+		must(t, o.Close())
+	}
+}
+
+// A pattern is a blobcache.Fetcher of so many bytes.
+type pattern int64
+
+func (p pattern) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	return io.NopCloser(bytes.NewReader(bytes.Repeat([]byte{7}, int(n)))), off, int64(p), nil
 }
 
 // TestNothingKept: a cache without any room is no reason not to mount, and costs no request more at the beginning.
@@ -438,9 +499,7 @@ func TestRecordsHoldNoSecret(t *testing.T) {
 func TestPruneForgets(t *testing.T) {
 	s := newShelf(t, verifiable.Options{})
 	s.fill()
-	records := func() int {
-		return len(s.files(func(path string, _ fs.FileInfo) bool { return filepath.Base(filepath.Dir(path)) == "references" }))
-	}
+	records := func() int { return len(s.records()) }
 	cache := func(args ...string) {
 		t.Helper()
 		var stderr bytes.Buffer
