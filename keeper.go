@@ -29,7 +29,8 @@ const maxDocument = 8 << 20
 // led to in records next to it. It is a registry.Documents and a registry.Tags.
 type keeper struct {
 	cache      *blobcache.Cache
-	tags       *lastknown.Store
+	tags       *lastknown.Store   // nil: what tags lead to is not remembered
+	noTags     error              // why
 	repository registry.Reference // without tag and digest
 	from       string             // as registry.Repository.Origin says
 	log        *slog.Logger
@@ -44,7 +45,7 @@ func recordsDir(cacheDir string) string { return filepath.Join(cacheDir, "refere
 // openRecords opens the records that are next to the cache in dir.
 func openRecords(dir string) (*lastknown.Store, error) {
 	if err := backend.PrivateDir(recordsDir(dir)); err != nil {
-		return nil, fmt.Errorf("cache directory: %w", err)
+		return nil, err
 	}
 	return lastknown.Open(recordsDir(dir), lastknown.Options{})
 }
@@ -69,8 +70,11 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
 		return err
 	}
-	o.records, err = openRecords(dir)
-	return err
+	if o.records, o.noRecords = openRecords(dir); o.noRecords != nil {
+		// Only --offline needs them, and not where a digest is mounted.
+		log.Warn("what tags lead to is not remembered; --offline will not find it", "err", o.noRecords)
+	}
+	return nil
 }
 
 // resolve finds the image that s names: from the registry, as far as it has to be asked, or from what is kept.
@@ -99,7 +103,7 @@ func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log 
 
 func newKeeper(o *opened, ref registry.Reference, from string, log *slog.Logger) *keeper {
 	return &keeper{
-		cache: o.cache, tags: o.records, from: from, log: log, held: make(map[digest.Digest]*blobcache.Blob),
+		cache: o.cache, tags: o.records, noTags: o.noRecords, from: from, log: log, held: make(map[digest.Digest]*blobcache.Blob),
 		repository: registry.Reference{Host: ref.Host, Repository: ref.Repository},
 	}
 }
@@ -214,6 +218,9 @@ func (e wrongDocument) Temporary() bool { return true }
 
 // Last is that of a registry.Tags.
 func (k *keeper) Last(tag string) (digest.Digest, error) {
+	if k.tags == nil {
+		return "", fmt.Errorf("--offline: what tags led to the last time cannot be looked up: %w", k.noTags)
+	}
 	e, err := k.tags.Get(k.reference(tag), k.from)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = errNeverMounted
@@ -223,6 +230,9 @@ func (k *keeper) Last(tag string) (digest.Digest, error) {
 
 // Led is that of a registry.Tags.
 func (k *keeper) Led(tag string, desc ocispec.Descriptor) {
+	if k.tags == nil {
+		return // which was said
+	}
 	err := k.tags.Put(lastknown.Entry{
 		Reference: k.reference(tag), Origin: k.from, Digest: desc.Digest.String(), Size: desc.Size, MediaType: desc.MediaType,
 	})

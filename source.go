@@ -245,8 +245,9 @@ type opened struct {
 	cache  *blobcache.Cache
 	dir    string // the cache's
 	// records and keeper have what is kept beside layers.
-	records *lastknown.Store
-	keeper  *keeper
+	records   *lastknown.Store // nil, with the reason, where there can be none
+	noRecords error
+	keeper    *keeper
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
 	wrong    chan error
