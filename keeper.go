@@ -37,6 +37,7 @@ type keeper struct {
 
 	mu   sync.Mutex                        // guards what follows
 	held map[digest.Digest]*blobcache.Blob // documents of the image, which stay as long as they are open
+	led  *lastknown.Entry                  // what the tag leads to, until that is remembered; nil: nothing new
 }
 
 // recordsDir is where what tags led to is kept, below the cache's directory.
@@ -228,17 +229,43 @@ func (k *keeper) Last(tag string) (digest.Digest, error) {
 	return digest.Digest(e.Digest), err
 }
 
-// Led is that of a registry.Tags.
+// Led is that of a registry.Tags. It is remembered by remember only: what was known before may be here as a whole, and of
+// what the tag leads to now nothing yet.
 func (k *keeper) Led(tag string, desc ocispec.Descriptor) {
-	if k.tags == nil {
-		return // which was said
-	}
-	err := k.tags.Put(lastknown.Entry{
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.led = &lastknown.Entry{
 		Reference: k.reference(tag), Origin: k.from, Digest: desc.Digest.String(), Size: desc.Size, MediaType: desc.MediaType,
-	})
-	if err != nil {
+	}
+}
+
+// remember has --offline find the image that the tag led to: it was mounted, or is read.
+func (o *opened) remember() {
+	if o.keeper != nil {
+		o.keeper.remember()
+	}
+}
+
+// rememberRead is remember for who cannot tell whether anybody reads the image: if something of each layer is here.
+func (o *opened) rememberRead() {
+	for _, l := range o.layers {
+		if here, _ := l.blob.here(); here == 0 {
+			return
+		}
+	}
+	o.remember()
+}
+
+func (k *keeper) remember() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.led == nil || k.tags == nil {
+		return // that there are no records was said
+	}
+	if err := k.tags.Put(*k.led); err != nil {
 		k.log.Warn("what the tag led to is not remembered; --offline will not find it", "err", err)
 	}
+	k.led = nil
 }
 
 func (k *keeper) reference(tag string) string {

@@ -83,7 +83,11 @@ func (s *shelf) open(offline bool) (*opened, error) {
 	s.registry.ResetStats()
 	p := &program{stderr: &s.said, stdout: io.Discard, getenv: func(string) string { return "" }}
 	o.client.Logger = slog.New(slog.NewTextHandler(&s.log, nil))
-	return p.open(s.t.Context(), o, o.client.Logger)
+	opened, err := p.open(s.t.Context(), o, o.client.Logger)
+	if err == nil {
+		opened.remember()
+	}
+	return opened, err
 }
 
 func (s *shelf) mustOpen(offline bool) *opened {
@@ -348,6 +352,53 @@ func TestMovedTag(t *testing.T) {
 			t.Errorf("offline %v: %d reads failed", c.offline, failed)
 		}
 		must(t, o.Close())
+	}
+}
+
+// TestMovedTagUnread: a tag that leads to something of which nothing could be read, or was only looked at, is not what it
+// led to the last time; it is when that was read.
+func TestMovedTagUnread(t *testing.T) {
+	for name, kind := range map[string]verifiable.Options{"nothing": {}, "index": {Chunk: testChunk}, "whole": {Zstd: true}} {
+		s := newShelf(t, kind)
+		s.options.PlainHTTP = true // as the commands have it
+		s.fill()
+		old := s.want[0]
+		b := verifiable.Make(t, imageBytes(imageSize/2), kind)
+		_, err := ocipush.Push(t.Context(), s.registry.URL(), "x:v1", b.Layers(), ocipush.Options{})
+		must(t, err)
+		leadsTo := func(want []byte, after string) {
+			t.Helper()
+			s.want = [][]byte{want}
+			o, err := s.open(true)
+			if err != nil {
+				t.Fatalf("%s, after %s: %v", name, after, err)
+			}
+			if failed := s.readAll(o); failed > 0 {
+				t.Errorf("%s, after %s: %d reads failed", name, after, failed)
+			}
+			must(t, o.Close())
+		}
+		command := func(args ...string) (code int) {
+			s.registry.ResetStats()
+			code = run(append(append([]string{"erofs-oci"}, args...), "--plain-http", "--on-error=wait:50ms", "--cache-dir="+s.dir, s.ref), strings.NewReader(""), io.Discard, io.Discard)
+			if s.registry.Stats().ManifestGETs != 1 {
+				t.Errorf("%q did not ask", args)
+			}
+			return code
+		}
+		s.registry.SetFault(fakeregistry.Always(fakeregistry.Fault{Status: 503}).OnBlobs())
+		if command("ls") == 0 {
+			t.Error("listed")
+		}
+		leadsTo(old, "ls")
+		s.registry.SetFault(nil)
+		if command("inspect") != 0 {
+			t.Error("inspect failed")
+		}
+		leadsTo(old, "inspect")
+		s.want = [][]byte{b.Plain}
+		s.fill()
+		leadsTo(b.Plain, "a mount")
 	}
 }
 

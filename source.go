@@ -446,6 +446,7 @@ func (p *program) openImage(c *cli.Context, ref string, oneLayer bool, log *slog
 	if err != nil {
 		return nil, errors.Join(o.explain(err), o.Close())
 	}
+	o.remember()
 	return &openedImage{opened: o, Image: im, Volume: o.volume(), ctx: c.Context}, nil
 }
 
