@@ -300,25 +300,27 @@ func (d inMemory) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, 
 	return io.NopCloser(bytes.NewReader(d[off : off+n])), off, int64(len(d)), nil
 }
 
-// forgetRecords removes the records of tags that led to what is not kept any more.
+// forgetRecords removes the records of tags that led to what is not kept any more. A mount keeps a manifest before it
+// writes the record: so what is kept is looked at after the record was read.
 func forgetRecords(cache *blobcache.Cache) (err error) {
-	list, err := cache.List()
-	if err != nil {
-		return err
-	}
 	usage, err := cache.Usage()
 	if err != nil {
 		return err
 	}
-	kept := make(map[string]bool)
-	for _, k := range list {
-		kept[k.Digest] = k.Present > 0 || kept[k.Digest]
+	if _, err := os.Lstat(recordsDir(usage.Directory)); errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
 	records, err := openRecords(usage.Directory)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, records.Close()) }()
-	_, err = records.Remove(func(e lastknown.Entry) bool { return !kept[e.Digest] })
+	_, err = records.Remove(func(e lastknown.Entry) (bool, error) {
+		if digest.Digest(e.Digest).Validate() != nil {
+			return true, nil
+		}
+		kept, err := cache.Has(e.Digest)
+		return !kept, err
+	})
 	return err
 }

@@ -238,21 +238,24 @@ func (s *Store) trim() error {
 	return nil
 }
 
-// Remove removes the records for which gone is true, and those that cannot be read, and says how many.
-func (s *Store) Remove(gone func(Entry) bool) (n int, err error) {
+// Remove removes the records for which gone is true, and those that cannot be read, and says how many. A record that is
+// written meanwhile stays: it was not asked about.
+func (s *Store) Remove(gone func(Entry) (bool, error)) (n int, err error) {
 	err = s.each(func(info fs.FileInfo) error {
 		if !isName(info.Name()) {
 			return nil
 		}
 		e, err := s.read(info.Name())
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil
-		case errors.Is(err, errGarbage):
-		case err != nil:
-			return err
-		case !gone(e):
-			return nil
+		remove := errors.Is(err, errGarbage)
+		if err == nil {
+			remove, err = gone(e)
+		}
+		if !remove {
+			return ignoreGone(err)
+		}
+		now, err := s.root.Lstat(info.Name())
+		if err != nil || !os.SameFile(info, now) || !now.ModTime().Equal(info.ModTime()) {
+			return ignoreGone(err)
 		}
 		n++
 		return ignoreGone(s.root.Remove(info.Name()))
