@@ -69,13 +69,16 @@ func (o *opened) keptSize(ref registry.Reference, d digest.Digest) (int64, error
 		return 0, err
 	}
 	sizes, err := o.cache.Sizes(d.String(), plain(b))
-	if err == nil && len(sizes) != 1 {
-		err = errOffline // none, or somebody lied about one of them
+	switch {
+	case err != nil:
+	case len(sizes) == 1:
+		return sizes[0], nil
+	case len(sizes) == 0:
+		err = errOffline
+	default: // manifests lied about one of them, and it was read all the same
+		err = fmt.Errorf("--offline: it is kept with %d different sizes, and only the registry knows which is right; do without --offline", len(sizes))
 	}
-	if err != nil {
-		return 0, fmt.Errorf("blob %s: %w", d, err)
-	}
-	return sizes[0], nil
+	return 0, fmt.Errorf("blob %s: %w", d, err)
 }
 
 // chooseOffline is chooseLayers for who may ask nobody.

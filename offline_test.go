@@ -332,6 +332,26 @@ func TestOfflineBlob(t *testing.T) {
 	if n := s.registry.Stats().Requests; n != 0 {
 		t.Errorf("%d requests", n)
 	}
+
+	// What somebody says of its size counts where nobody knows better.
+	o := s.mustOpen(true)
+	plainBlob, err := o.client.Blob(o.ref.registry, o.layers[0].Descriptor)
+	must(t, err)
+	lie := func(size, read int64) {
+		t.Helper()
+		b, err := o.cache.Open(d.String(), size, pattern(size), blobcache.OpenOptions{Origin: plain(plainBlob)})
+		must(t, err)
+		must(t, errors.Join(b.ReadAt(t.Context(), make([]byte, read), 0), b.Close()))
+	}
+	lie(123, 0)
+	lie(2<<20, 1) // of which not all is here
+	if failed := s.readAll(s.mustOpen(true)); failed > 0 {
+		t.Errorf("%d reads failed", failed)
+	}
+	lie(124, 124)
+	if _, err := s.open(true); err == nil || !strings.Contains(err.Error(), "2 different sizes") {
+		t.Errorf("two of them are here: %v", err)
+	}
 }
 
 // TestMovedTag: the new image online, the last known one offline.
