@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -66,9 +68,13 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	s.meter.measureCache(&keep)
 	if s.offline {
 		keep.Readahead = -1
+		keep.Patience = time.Millisecond // what another process may fetch is not here
 	}
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
+		if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) {
+			err = fmt.Errorf("%w; name a directory that you can write with --cache-dir", err)
+		}
 		return err
 	}
 	if o.records, o.noRecords = openRecords(dir); o.noRecords != nil {
@@ -223,7 +229,10 @@ func (k *keeper) Last(tag string) (digest.Digest, error) {
 		return "", fmt.Errorf("--offline: what tags led to the last time cannot be looked up: %w", k.noTags)
 	}
 	e, err := k.tags.Get(k.reference(tag), k.from)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, lastknown.ErrDamaged):
+		err = fmt.Errorf("what it led to the last time: %w: %w", lastknown.ErrDamaged, errOffline)
+	case errors.Is(err, fs.ErrNotExist):
 		err = errNeverMounted
 	}
 	return digest.Digest(e.Digest), err
@@ -290,7 +299,7 @@ func (k *keeper) Close() error {
 type nothing struct{}
 
 func (nothing) Fetch(context.Context, int64, int64) (io.ReadCloser, int64, int64, error) {
-	return nil, 0, 0, errors.New("it is not kept any more")
+	return nil, 0, 0, fs.ErrNotExist
 }
 
 // An inMemory is a blobcache.Fetcher of what is in memory.

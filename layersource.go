@@ -157,6 +157,9 @@ func (o *layerOpener) index(ctx context.Context, s *layerSource, blob *remoteBlo
 	if err != nil {
 		return nil, err
 	}
+	if holder.lacks(0, v.Index.Len) {
+		return nil, fmt.Errorf("blob %s: its chunk index: %w", blob.Digest(), errOffline)
+	}
 	var chunks verified.Fetcher = blob
 	if v.Index.Holder.Digest == blob.Digest() {
 		chunks = holder
@@ -257,6 +260,9 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *remoteB
 		holder, err := o.treeHolder(s, blob, *v.Verity)
 		if err != nil {
 			return err
+		}
+		if holder.lacks(0, 1) {
+			return fmt.Errorf("blob %s: the beginning of its dm-verity tree: %w", blob.Digest(), errOffline)
 		}
 		t, err := verified.OpenTree(ctx, holder, integrity.VerityRoot{
 			HashOffset: v.Verity.Off, BlockSize: v.Verity.BlockSize, Size: blob.Size(), Digest: v.Verity.Root,

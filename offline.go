@@ -124,6 +124,21 @@ func (s *layerSource) unverifiable() bool {
 	return s.by == byTree && slices.ContainsFunc(s.beside, func(t *throughCache) bool { return t.missing() > 0 })
 }
 
+// lacks says that something of a range of the part is missing, and that nobody may fetch it.
+func (t *throughCache) lacks(off, n int64) bool {
+	if !t.offline || t.kept == nil {
+		return false
+	}
+	for end := off + n; off < end; {
+		present, next := t.kept.Present(off)
+		if !present {
+			return true
+		}
+		off = next
+	}
+	return false
+}
+
 // wholeIsHere refuses a layer that is read as a whole, and is not here as a whole.
 func (t *throughCache) wholeIsHere() error {
 	if !t.offline {

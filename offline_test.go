@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,12 +17,14 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
+	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -294,19 +297,88 @@ func TestOfflineRefused(t *testing.T) {
 	other.blob = digest.FromString("not here")
 	refused(&other, errOffline, other.blob.String())
 
-	for _, what := range []string{"manifest", "index"} {
+	for what, text := range map[string]string{"manifest": ": it is not kept on this machine, and", "index": "layer 0: blob %s: its chunk index: it is not kept"} {
 		s := newShelf(t, index)
 		o := s.mustOpen(false)
 		gone := map[string]digest.Digest{"manifest": o.image.Digest, "index": digest.FromBytes(s.blobs[0].Index)}[what]
 		must(t, o.Close())
 		s.removeKept(gone.String())
-		refused(s, errOffline)
+		refused(s, errOffline, strings.Replace(text, "%s", o.layers[0].Digest.String(), 1))
 	}
-	s = newShelf(t, verifiable.Options{Zstd: true})
+	s = newShelf(t, verifiable.Options{Verity: true})
 	o := s.mustOpen(false)
+	must(t, o.Close())
+	s.removeKept(o.layers[0].Digest.String())
+	refused(s, errOffline, "layer 0: ", "the beginning of its dm-verity tree: it is not kept")
+	s = newShelf(t, verifiable.Options{Zstd: true})
+	o = s.mustOpen(false)
 	must(t, o.Close())
 	s.removeKept(digest.FromBytes(s.blobs[0].Data).String())
 	refused(s, errOffline, "are missing")
+}
+
+// TestOfflineTexts: what went since, and what was damaged, was not "not mounted before".
+func TestOfflineTexts(t *testing.T) {
+	s := newShelf(t, verifiable.Options{})
+	s.fill()
+	for _, path := range s.records() {
+		must(t, os.WriteFile(path, []byte("{}"), 0o600))
+	}
+	if _, err := s.open(true); !errors.Is(err, errOffline) || !strings.Contains(err.Error(), "the record is damaged: it is not kept") {
+		t.Errorf("a damaged record: %v", err)
+	}
+	s.fill()
+	o := s.mustOpen(true)
+	// Its file is there, and nothing of it: what evicts does so.
+	_, err := o.cache.Prune(0)
+	must(t, err)
+	if _, err := s.open(true); !errors.Is(err, errOffline) || strings.Count(err.Error(), "kept") != 1 {
+		t.Errorf("an evicted manifest: %v", err)
+	}
+}
+
+// TestOfflineReadOnly: a cache that cannot be written cannot be used; what can be done is said.
+func TestOfflineReadOnly(t *testing.T) {
+	require.Has(t, "root")
+	s := newShelf(t, verifiable.Options{})
+	top := t.TempDir()
+	must(t, unix.Mount("tmpfs", top, "tmpfs", 0, "mode=700"))
+	t.Cleanup(func() { must(t, unix.Unmount(top, 0)) })
+	s.dir = filepath.Join(top, "cache")
+	s.fill()
+	must(t, unix.Mount("", top, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	if _, err := s.open(true); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "name a directory that you can write with --cache-dir") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestOfflineWaitsForNobody: what another process fetches, from a registry that does not answer, is not here.
+func TestOfflineWaitsForNobody(t *testing.T) {
+	s := newShelf(t, verifiable.Options{})
+	online := s.mustOpen(false)
+	asked, hold := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	s.registry.SetFault(fakeregistry.Plan(func(*http.Request) *fakeregistry.Fault {
+		once.Do(func() { close(asked) })
+		return &fakeregistry.Fault{After: 10, Stall: hold}
+	}).OnBlobs())
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		if err := online.layers[0].blob.ReadAt(context.Background(), make([]byte, 10), 0); err != nil {
+			t.Errorf("online: %v", err)
+		}
+	})
+	<-asked
+	o := s.mustOpen(true)
+	began := time.Now()
+	if err := o.layers[0].blob.ReadAt(t.Context(), make([]byte, 10), 0); !errors.Is(err, errOffline) {
+		t.Errorf("offline: %v", err)
+	}
+	if d := time.Since(began); d > 10*time.Second { // others wait for 20 s
+		t.Errorf("it took %v to fail", d)
+	}
+	close(hold)
+	reader.Wait()
 }
 
 func (s *shelf) removeKept(d string) {

@@ -337,7 +337,9 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 		l := &o.layers[i]
 		digests = append(digests, l.Digest)
 		all.Go(func() (err error) {
-			l.blob, err = opener.open(ctx, l.Layer)
+			if l.blob, err = opener.open(ctx, l.Layer); errors.Is(err, errOffline) && l.Index >= 0 {
+				err = fmt.Errorf("%s: %w", l.name(), err) // who is offline cannot look up the digest
+			}
 			return err
 		})
 	}

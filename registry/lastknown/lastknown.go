@@ -84,13 +84,14 @@ func isName(name string) bool {
 	return err == nil && len(b) == sha256.Size && strings.ToLower(name) == name
 }
 
-// Get is what is known of a reference. The error is fs.ErrNotExist where that is nothing, or nothing that can be read.
+// Get is what is known of a reference. The error is fs.ErrNotExist where that is nothing, and ErrDamaged as well where
+// that is nothing that can be read.
 func (s *Store) Get(reference, origin string) (Entry, error) {
 	e, err := s.read(nameOf(reference, origin))
 	if err == nil && (e.Reference != reference || e.Origin != origin) {
-		err = errGarbage
+		err = ErrDamaged
 	}
-	if errors.Is(err, errGarbage) {
+	if errors.Is(err, ErrDamaged) {
 		err = fmt.Errorf("%w: %w", fs.ErrNotExist, err)
 	}
 	if err != nil {
@@ -99,7 +100,8 @@ func (s *Store) Get(reference, origin string) (Entry, error) {
 	return e, nil
 }
 
-var errGarbage = errors.New("the record is damaged")
+// ErrDamaged says that there is something where a record would be, and that it is none.
+var ErrDamaged = errors.New("the record is damaged")
 
 func (s *Store) read(name string) (Entry, error) {
 	info, err := s.root.Lstat(name)
@@ -107,7 +109,7 @@ func (s *Store) read(name string) (Entry, error) {
 		return Entry{}, err
 	}
 	if !info.Mode().IsRegular() {
-		return Entry{}, errGarbage // a link, say, or a pipe, which would hold us up
+		return Entry{}, ErrDamaged // a link, say, or a pipe, which would hold us up
 	}
 	f, err := s.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -140,10 +142,10 @@ func encode(e Entry) ([]byte, error) {
 func decode(raw []byte) (e Entry, err error) {
 	end := bytes.IndexByte(raw, '\n') + 1
 	if len(raw) > maxRecord || string(raw[end:]) != sumOf(raw[:end]) {
-		return Entry{}, errGarbage
+		return Entry{}, ErrDamaged
 	}
 	if json.Unmarshal(raw[:end], &e) != nil || e.Size < 0 {
-		return Entry{}, errGarbage
+		return Entry{}, ErrDamaged
 	}
 	return e, nil
 }
@@ -246,7 +248,7 @@ func (s *Store) Remove(gone func(Entry) (bool, error)) (n int, err error) {
 			return nil
 		}
 		e, err := s.read(info.Name())
-		remove := errors.Is(err, errGarbage)
+		remove := errors.Is(err, ErrDamaged)
 		if err == nil {
 			remove, err = gone(e)
 		}
