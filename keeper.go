@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
@@ -240,12 +239,10 @@ func (k *keeper) Last(tag string) (digest.Digest, error) {
 
 // Led is that of a registry.Tags. It is remembered by remember only: what was known before may be here as a whole, and of
 // what the tag leads to now nothing yet.
-func (k *keeper) Led(tag string, desc ocispec.Descriptor) {
+func (k *keeper) Led(tag string, d digest.Digest) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.led = &lastknown.Entry{
-		Reference: k.reference(tag), Origin: k.from, Digest: desc.Digest.String(), Size: desc.Size, MediaType: desc.MediaType,
-	}
+	k.led = &lastknown.Entry{Reference: k.reference(tag), Origin: k.from, Digest: d.String()}
 }
 
 // remember has --offline find the image that the tag led to: it was mounted, or is read.
@@ -273,6 +270,8 @@ func (k *keeper) remember() {
 	}
 	if err := k.tags.Put(*k.led); err != nil {
 		k.log.Warn("what the tag led to is not remembered; --offline will not find it", "err", err)
+	} else if err := k.tags.Trim(); err != nil {
+		k.log.Warn("old records of what tags led to cannot be removed", "err", err)
 	}
 	k.led = nil
 }

@@ -28,7 +28,7 @@ func open(t *testing.T, dir string, o Options) *Store {
 }
 
 func entry(tag string) Entry {
-	return Entry{Reference: "r.example/x:" + tag, Origin: "r.example/x (tls)", Digest: "sha256:" + strings.Repeat("a", 64), Size: 7, MediaType: "m"}
+	return Entry{Reference: "r.example/x:" + tag, Origin: "r.example/x (tls)", Digest: "sha256:" + strings.Repeat("a", 64)}
 }
 
 // TestPutGet: the last word counts, for who asks the same places in the same way.
@@ -121,7 +121,7 @@ func TestMost(t *testing.T) {
 			t.Fatal(err)
 		}
 		when := now.Add(time.Duration(i-10) * time.Minute)
-		if err := os.Chtimes(filepath.Join(dir, nameOf(e.Reference, e.Origin)), when, when); err != nil {
+		if err := errors.Join(os.Chtimes(filepath.Join(dir, nameOf(e.Reference, e.Origin)), when, when), s.Trim()); err != nil {
 			t.Fatal(err)
 		}
 	}
