@@ -210,7 +210,7 @@ func (o *layerOpener) indexHolder(s *layerSource, blob *remoteBlob, v registry.V
 		}
 	}
 	part := keptPart{digest: v.Digest.String(), off: v.Off, size: v.Len, unit: oneUnit(v.Len), origin: origin("chunk index", v.Framed)}
-	if part.piece = part.unit; o.verify == verifyOff {
+	if o.verify == verifyOff {
 		part.origin = origin("chunk index", v.Framed, plain(blob)) // nobody verifies it when it comes
 	}
 	return o.throughCache(s, blob, part)
@@ -228,7 +228,7 @@ func (o *layerOpener) treeHolder(s *layerSource, blob *remoteBlob, v registry.Vo
 		n = 0 // who reads it says so
 	}
 	return o.throughCache(s, blob, keptPart{
-		digest: blob.Digest().String(), off: v.Off, size: n, unit: unit, piece: unit,
+		digest: blob.Digest().String(), off: v.Off, size: n, unit: unit,
 		origin: origin("parts of a tree", fmt.Sprintf("%x", v.Root), v.Off, v.BlockSize),
 	})
 }

@@ -250,32 +250,34 @@ func TestOfflineIncomplete(t *testing.T) {
 	}
 }
 
-// TestOfflineRefused: what cannot be found without the registry is one line that says so.
-func TestOfflineRefused(t *testing.T) {
-	refused := func(s *shelf, want error, texts ...string) {
-		s.t.Helper()
-		o, err := s.open(true)
-		if err == nil {
-			o.Close()
-			s.t.Error("opened")
-			return
-		}
-		line := oneLine(err)
-		if !errors.Is(err, want) || exitCode(err) != exitFailure {
-			s.t.Errorf("%v", err)
-		}
-		for _, text := range append(texts, "--offline") {
-			if !strings.Contains(line, text) {
-				s.t.Errorf("%q does not say %q", line, text)
-			}
-		}
-		if n := s.registry.Stats().Requests; n != 0 {
-			s.t.Errorf("%d requests", n)
+// refused has the image be refused offline, without a request, by a line that says why.
+func (s *shelf) refused(want error, texts ...string) {
+	s.t.Helper()
+	o, err := s.open(true)
+	if err == nil {
+		o.Close()
+		s.t.Error("opened")
+		return
+	}
+	line := oneLine(err)
+	if !errors.Is(err, want) || exitCode(err) != exitFailure {
+		s.t.Errorf("%v", err)
+	}
+	for _, text := range append(texts, "--offline") {
+		if !strings.Contains(line, text) {
+			s.t.Errorf("%q does not say %q", line, text)
 		}
 	}
+	if n := s.registry.Stats().Requests; n != 0 {
+		s.t.Errorf("%d requests", n)
+	}
+}
+
+// TestOfflineRefused: what cannot be found without the registry is one line that says so.
+func TestOfflineRefused(t *testing.T) {
 	index := verifiable.Options{Chunk: testChunk}
 	s := newShelf(t, index)
-	refused(s, errNeverMounted, s.ref, "not mounted before")
+	s.refused(errNeverMounted, s.ref, "not mounted before")
 	s.fill()
 	s.mustOpen(true)
 	s.registry.Stop()
@@ -287,34 +289,37 @@ func TestOfflineRefused(t *testing.T) {
 	if _, err := other.open(false); err == nil || strings.Contains(err.Error(), "--offline") {
 		t.Errorf("what was never mounted, without --offline: %v", err)
 	}
-	refused(&other, errNeverMounted, other.ref)
+	other.refused(errNeverMounted, other.ref)
 	other.ref = s.registry.Addr() + "/y:v1"
-	refused(&other, errNeverMounted, other.ref)
+	other.refused(errNeverMounted, other.ref)
 	other.ref = s.ref
 	other.options.SkipTLSVerify = true // what a stranger may have said is not what this one said
-	refused(&other, errNeverMounted, other.ref)
+	other.refused(errNeverMounted, other.ref)
 	other = *s
 	other.blob = digest.FromString("not here")
-	refused(&other, errOffline, other.blob.String())
+	other.refused(errOffline, other.blob.String())
+}
 
+// TestOfflineGone: so is an image of which something is missing without which nothing can be read.
+func TestOfflineGone(t *testing.T) {
 	for what, text := range map[string]string{"manifest": ": it is not kept on this machine, and", "index": "layer 0: blob %s: its chunk index: it is not kept"} {
-		s := newShelf(t, index)
+		s := newShelf(t, verifiable.Options{Chunk: testChunk})
 		o := s.mustOpen(false)
 		gone := map[string]digest.Digest{"manifest": o.image.Digest, "index": digest.FromBytes(s.blobs[0].Index)}[what]
 		must(t, o.Close())
 		s.removeKept(gone.String())
-		refused(s, errOffline, strings.Replace(text, "%s", o.layers[0].Digest.String(), 1))
+		s.refused(errOffline, strings.Replace(text, "%s", o.layers[0].Digest.String(), 1))
 	}
-	s = newShelf(t, verifiable.Options{Verity: true})
+	s := newShelf(t, verifiable.Options{Verity: true})
 	o := s.mustOpen(false)
 	must(t, o.Close())
 	s.removeKept(o.layers[0].Digest.String())
-	refused(s, errOffline, "layer 0: ", "the beginning of its dm-verity tree: it is not kept")
+	s.refused(errOffline, "layer 0: ", "the beginning of its dm-verity tree: it is not kept")
 	s = newShelf(t, verifiable.Options{Zstd: true})
 	o = s.mustOpen(false)
 	must(t, o.Close())
 	s.removeKept(digest.FromBytes(s.blobs[0].Data).String())
-	refused(s, errOffline, "are missing")
+	s.refused(errOffline, "are missing")
 }
 
 // TestOfflineTexts: what went since, and what was damaged, was not "not mounted before".

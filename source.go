@@ -103,11 +103,7 @@ func (s *sourceOptions) access() backend.Access {
 // those of the host (certs.d), and those in the file ca.
 func (s *sourceOptions) secure(ca string, verify bool) (err error) {
 	s.client.CertDirs, s.client.SkipTLSVerify = registry.DefaultCertDirs(), !verify
-	if ca == "" {
-		return nil
-	}
-	// A server in the background has another working directory.
-	if s.tlsCA, err = filepath.Abs(ca); err != nil {
+	if s.tlsCA, err = absolute(ca); err != nil || ca == "" {
 		return err
 	}
 	s.client.RootCAs, err = registry.LoadCAs(s.tlsCA)
@@ -154,18 +150,13 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	default:
 		return usagef("--verify %q is not known; there are auto, require and off", s.verify)
 	}
-	authFile := c.String("authfile")
-	if authFile != "" {
-		// A server in the background has another working directory.
-		if authFile, err = filepath.Abs(authFile); err != nil {
-			return err
-		}
+	authFile, err := absolute(c.String("authfile"))
+	if err != nil {
+		return err
 	}
-	cacheDir := c.String("cache-dir")
-	if cacheDir != "" {
-		if cacheDir, err = filepath.Abs(cacheDir); err != nil {
-			return err
-		}
+	cacheDir, err := absolute(c.String("cache-dir"))
+	if err != nil {
+		return err
 	}
 	s.onError = c.String("on-error")
 	s.client = registry.Options{
@@ -200,6 +191,14 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 		}
 	}
 	return selectLayer(c, s)
+}
+
+// absolute is a path for a server in the background, which has another working directory.
+func absolute(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
 }
 
 func selectLayer(c *cli.Context, s *sourceOptions) error {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,7 +41,7 @@ type keptPart struct {
 	digest    string // under which it is kept
 	off, size int64  // where in the blob it is
 	unit      int64  // as in blobcache.OpenOptions
-	piece     int64  // bytes that are read at once: whole units
+	piece     int64  // bytes that are read at once: whole units, and one if zero
 	origin    string
 	layer     bool // it is a layer, and nothing that a layer is verified by
 }
@@ -65,6 +66,7 @@ type throughCache struct {
 
 // throughCache opens what is kept of a part. It is closed with s.
 func (o *layerOpener) throughCache(s *layerSource, blob *remoteBlob, part keptPart) (*throughCache, error) {
+	part.piece = cmp.Or(part.piece, part.unit)
 	t := &throughCache{remoteBlob: blob, part: part, log: o.log, came: make(map[int64]bool), wrong: make(map[int64]error)}
 	if part.size <= 0 {
 		return t, nil // who reads it says what is wrong with that

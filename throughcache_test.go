@@ -130,6 +130,19 @@ func (s *shelf) files(match func(path string, info fs.FileInfo) bool) (found []s
 	return found
 }
 
+// flipOnDisk flips a bit of a file.
+func flipOnDisk(t *testing.T, path string, at int64) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	var b [1]byte
+	_, err = f.ReadAt(b[:], at)
+	must(t, err)
+	b[0] ^= 8
+	_, err = f.WriteAt(b[:], at)
+	must(t, errors.Join(err, f.Close()))
+}
+
 // TestKeptGoesBad: a bit that flips on disk, in whatever is kept beside a layer, is noticed. Online the right bytes are
 // fetched, offline there is an error; never is there a wrong byte.
 func TestKeptGoesBad(t *testing.T) {
@@ -144,21 +157,20 @@ func TestKeptGoesBad(t *testing.T) {
 		kind  verifiable.Options
 		which func(s *shelf, manifest digest.Digest) func(string, fs.FileInfo) bool
 		at    int64 // in the file
-		opens bool  // offline
 	}{
-		"manifest": {verifiable.Options{}, func(_ *shelf, m digest.Digest) func(string, fs.FileInfo) bool { return named(m) }, base + 20, false},
+		"manifest": {verifiable.Options{}, func(_ *shelf, m digest.Digest) func(string, fs.FileInfo) bool { return named(m) }, base + 20},
 		"index": {verifiable.Options{Chunk: testChunk}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return named(digest.FromBytes(s.blobs[0].Index))
-		}, base + 50, false},
+		}, base + 50},
 		"root of the tree": {verifiable.Options{Verity: true}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return func(path string, info fs.FileInfo) bool { return info.Size() == treeSize(s.blobs[0]) }
-		}, base + 4096 + 9, false},
+		}, base + 4096 + 9},
 		"zstd, whole": {verifiable.Options{Zstd: true}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return named(digest.FromBytes(s.blobs[0].Data))
-		}, base + 300_000, false},
+		}, base + 300_000},
 		"record": {verifiable.Options{}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return func(path string, _ fs.FileInfo) bool { return filepath.Base(filepath.Dir(path)) == "references" }
-		}, 70, false},
+		}, 70},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, online := range []bool{true, false} {
@@ -170,14 +182,7 @@ func TestKeptGoesBad(t *testing.T) {
 				if len(files) != 1 {
 					t.Fatalf("found %q", files)
 				}
-				f, err := os.OpenFile(files[0], os.O_RDWR, 0)
-				must(t, err)
-				var b [1]byte
-				_, err = f.ReadAt(b[:], c.at)
-				must(t, err)
-				b[0] ^= 8
-				_, err = f.WriteAt(b[:], c.at)
-				must(t, errors.Join(err, f.Close()))
+				flipOnDisk(t, files[0], c.at)
 				if online {
 					// What is damaged is fetched again, and kept: then it is there offline, too.
 					for _, offline := range []bool{false, true} {
@@ -208,41 +213,47 @@ func (l liar) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, int6
 	return io.NopCloser(bytes.NewReader(l.data[off : off+n])), off, int64(len(l.data)), nil
 }
 
+type openPart func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error)
+
+// part is what is kept of the first layer, or beside it.
+func (s *shelf) part(open openPart) keptPart {
+	s.t.Helper()
+	o := s.mustOpen(false)
+	opener := &layerOpener{client: o.client, ref: o.ref.registry, image: o.image, cache: o.cache, dir: o.dir, verify: verifyAuto, log: slog.New(slog.DiscardHandler)}
+	blob, err := opener.blob(o.image.Layers[0].Descriptor)
+	must(s.t, err)
+	v, err := o.image.Vouched(o.image.Layers[0])
+	must(s.t, err)
+	holder, err := open(opener, &layerSource{}, blob, v)
+	must(s.t, err)
+	must(s.t, errors.Join(holder.Close(), o.Close()))
+	return holder.part
+}
+
 // TestKeptWasWrong: what an earlier mount kept of a server that sent wrong bytes is found out, removed and fetched
 // again; offline it is an error, and the wrong bytes are gone.
 func TestKeptWasWrong(t *testing.T) {
 	for name, c := range map[string]struct {
 		kind verifiable.Options
-		part func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error)
+		part openPart
 		at   int
 	}{
-		"index": {verifiable.Options{Chunk: testChunk}, func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
+		"index": {verifiable.Options{Chunk: testChunk}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.indexHolder(source, b, *v.Index)
 		}, 50},
-		"tree": {verifiable.Options{Verity: true}, func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
+		"tree": {verifiable.Options{Verity: true}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.treeHolder(source, b, *v.Verity)
 		}, 4096 + 9},
-		"whole": {verifiable.Options{Zstd: true}, func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
+		"whole": {verifiable.Options{Zstd: true}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.wholeHolder(source, b)
 		}, 300_000},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, offline := range []bool{false, true} {
 				s := newShelf(t, c.kind)
-				o := s.mustOpen(false)
-				opener := &layerOpener{client: o.client, ref: o.ref.registry, image: o.image, cache: o.cache, dir: o.dir, verify: verifyAuto, log: slog.New(slog.DiscardHandler)}
-				blob, err := opener.blob(o.image.Layers[0].Descriptor)
-				must(t, err)
-				v, err := o.image.Vouched(o.image.Layers[0])
-				must(t, err)
-				source := &layerSource{}
-				holder, err := c.part(s, opener, source, blob, v)
-				must(t, err)
-				part := holder.part
-				must(t, errors.Join(holder.Close(), o.Close()))
-				s.lie(part, c.at)
+				s.lie(s.part(c.part), c.at)
 
-				o, err = s.open(offline)
+				o, err := s.open(offline)
 				if !offline {
 					must(t, err)
 					if failed := s.readAll(o); failed > 0 {
