@@ -79,6 +79,7 @@ func (p *program) check(c *cli.Context) (err error) {
 	if err != nil {
 		return o.explain(err)
 	}
+	o.remember()
 	if stats.Faults > 0 {
 		return fmt.Errorf("%s: the image has faults", args[0])
 	}

@@ -222,6 +222,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return src.explain(err)
 	}
+	src.remember()
 	metering.show(src, mountLabels{rec.Reference, rec.Backend})
 	watch := watchMount(claim, src, mounted, metering, log.Logger)
 	defer func() { err = errors.Join(err, watch.Close()) }()

@@ -122,6 +122,8 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 	if _, err := fmt.Fprintln(p.stdout, nbdURI(l.Addr(), s.tls != nil)); err != nil {
 		return errors.Join(err, l.Close())
 	}
+	defer src.rememberRead()
+	src.rememberRead()
 	return server.Serve(ctx, l)
 }
 

@@ -12,9 +12,10 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
+	"time"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
@@ -29,13 +30,15 @@ const maxDocument = 8 << 20
 // led to in records next to it. It is a registry.Documents and a registry.Tags.
 type keeper struct {
 	cache      *blobcache.Cache
-	tags       *lastknown.Store
+	tags       *lastknown.Store   // nil: what tags lead to is not remembered
+	noTags     error              // why
 	repository registry.Reference // without tag and digest
 	from       string             // as registry.Repository.Origin says
 	log        *slog.Logger
 
-	mu   sync.Mutex               // guards what follows
-	used map[digest.Digest][]byte // documents of the image
+	mu   sync.Mutex                        // guards what follows
+	held map[digest.Digest]*blobcache.Blob // documents of the image, which stay as long as they are open
+	led  *lastknown.Entry                  // what the tag leads to, until that is remembered; nil: nothing new
 }
 
 // recordsDir is where what tags led to is kept, below the cache's directory.
@@ -44,7 +47,7 @@ func recordsDir(cacheDir string) string { return filepath.Join(cacheDir, "refere
 // openRecords opens the records that are next to the cache in dir.
 func openRecords(dir string) (*lastknown.Store, error) {
 	if err := backend.PrivateDir(recordsDir(dir)); err != nil {
-		return nil, fmt.Errorf("cache directory: %w", err)
+		return nil, err
 	}
 	return lastknown.Open(recordsDir(dir), lastknown.Options{})
 }
@@ -64,13 +67,20 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	s.meter.measureCache(&keep)
 	if s.offline {
 		keep.Readahead = -1
+		keep.Patience = time.Millisecond // what another process may fetch is not here
 	}
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
+		if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) {
+			err = fmt.Errorf("%w; name a directory that you can write with --cache-dir", err)
+		}
 		return err
 	}
-	o.records, err = openRecords(dir)
-	return err
+	if o.records, o.noRecords = openRecords(dir); o.noRecords != nil {
+		// Only --offline needs them, and not where a digest is mounted.
+		log.Warn("what tags lead to is not remembered; --offline will not find it", "err", o.noRecords)
+	}
+	return nil
 }
 
 // resolve finds the image that s names: from the registry, as far as it has to be asked, or from what is kept.
@@ -83,8 +93,7 @@ func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log 
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.ref, err)
 	}
-	o.keeper = &keeper{cache: o.cache, tags: o.records, from: from, log: log, used: make(map[digest.Digest][]byte)}
-	o.keeper.repository = registry.Reference{Host: s.ref.registry.Host, Repository: s.ref.registry.Repository}
+	o.keeper = newKeeper(o, s.ref.registry, from, log)
 	keep := registry.Keep{Documents: o.keeper, Tags: o.keeper}
 	if s.offline {
 		keep.Offline = errOffline
@@ -96,6 +105,43 @@ func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log 
 		}
 	}
 	return err
+}
+
+func newKeeper(o *opened, ref registry.Reference, from string, log *slog.Logger) *keeper {
+	return &keeper{
+		cache: o.cache, tags: o.records, noTags: o.noRecords, from: from, log: log, held: make(map[digest.Digest]*blobcache.Blob),
+		repository: registry.Reference{Host: ref.Host, Repository: ref.Repository},
+	}
+}
+
+// openRecordedCache opens the cache for layers that come from a record. The documents of their image are not needed, but are
+// to stay with them.
+func (p *program) openRecordedCache(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
+	if err := p.openCache(o, s, log); err != nil {
+		return err
+	}
+	from, err := o.client.Repository(ref).Origin()
+	if err != nil {
+		return fmt.Errorf("%s: %w", ref, err)
+	}
+	o.keeper = newKeeper(o, ref, from, log)
+	o.keeper.hold(ctx, o.image.Digest)
+	index := ref.Digest
+	if index == "" {
+		index, _ = o.keeper.Last(ref.Tag) // where nothing is known of it, there is nothing to hold
+	}
+	o.keeper.hold(ctx, index)
+	return nil
+}
+
+// hold has a document stay that is kept.
+func (k *keeper) hold(ctx context.Context, d digest.Digest) {
+	if d == "" {
+		return
+	}
+	if _, err := k.Get(ctx, d); err != nil && ctx.Err() == nil {
+		k.log.Warn("a document of the image is not kept; --offline will not find it", "blob", d, "err", err)
+	}
 }
 
 // unreachable says that nobody answered.
@@ -137,10 +183,10 @@ func (k *keeper) Put(ctx context.Context, d digest.Digest, raw []byte) {
 	}
 }
 
-// read reads a document through the cache, which keeps it if it comes from f.
+// read reads a document through the cache, which keeps it if it comes from f, and has it stay.
 func (k *keeper) read(ctx context.Context, d digest.Digest, size int64, f blobcache.Fetcher) (raw []byte, err error) {
 	b, err := k.cache.Open(d.String(), size, f, blobcache.OpenOptions{
-		ChunkSize: oneUnit(size), Origin: k.origin(),
+		ChunkSize: oneUnit(size), Origin: k.origin(), Beneath: true, NoReadahead: true,
 		Verify: func(_ context.Context, p []byte, _ int64) error {
 			if got := d.Algorithm().FromBytes(p); got != d {
 				return wrongDocument{got}
@@ -151,14 +197,16 @@ func (k *keeper) read(ctx context.Context, d digest.Digest, size int64, f blobca
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, b.Close()) }()
 	raw = make([]byte, size)
 	if err := b.ReadAt(ctx, raw, 0); err != nil {
-		return nil, err
+		return nil, errors.Join(err, b.Close())
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.used[d] = raw
+	if k.held[d] != nil {
+		return raw, b.Close()
+	}
+	k.held[d] = b
 	return raw, nil
 }
 
@@ -176,21 +224,56 @@ func (e wrongDocument) Temporary() bool { return true }
 
 // Last is that of a registry.Tags.
 func (k *keeper) Last(tag string) (digest.Digest, error) {
+	if k.tags == nil {
+		return "", fmt.Errorf("--offline: what tags led to the last time cannot be looked up: %w", k.noTags)
+	}
 	e, err := k.tags.Get(k.reference(tag), k.from)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, lastknown.ErrDamaged):
+		err = fmt.Errorf("what it led to the last time: %w: %w", lastknown.ErrDamaged, errOffline)
+	case errors.Is(err, fs.ErrNotExist):
 		err = errNeverMounted
 	}
 	return digest.Digest(e.Digest), err
 }
 
-// Led is that of a registry.Tags.
-func (k *keeper) Led(tag string, desc ocispec.Descriptor) {
-	err := k.tags.Put(lastknown.Entry{
-		Reference: k.reference(tag), Origin: k.from, Digest: desc.Digest.String(), Size: desc.Size, MediaType: desc.MediaType,
-	})
-	if err != nil {
-		k.log.Warn("what the tag led to is not remembered; --offline will not find it", "err", err)
+// Led is that of a registry.Tags. It is remembered by remember only: what was known before may be here as a whole, and of
+// what the tag leads to now nothing yet.
+func (k *keeper) Led(tag string, d digest.Digest) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.led = &lastknown.Entry{Reference: k.reference(tag), Origin: k.from, Digest: d.String()}
+}
+
+// remember has --offline find the image that the tag led to: it was mounted, or is read.
+func (o *opened) remember() {
+	if o.keeper != nil {
+		o.keeper.remember()
 	}
+}
+
+// rememberRead is remember for who cannot tell whether anybody reads the image: if something of each layer is here.
+func (o *opened) rememberRead() {
+	for _, l := range o.layers {
+		if here, _ := l.blob.here(); here == 0 {
+			return
+		}
+	}
+	o.remember()
+}
+
+func (k *keeper) remember() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.led == nil || k.tags == nil {
+		return // that there are no records was said
+	}
+	if err := k.tags.Put(*k.led); err != nil {
+		k.log.Warn("what the tag led to is not remembered; --offline will not find it", "err", err)
+	} else if err := k.tags.Trim(); err != nil {
+		k.log.Warn("old records of what tags led to cannot be removed", "err", err)
+	}
+	k.led = nil
 }
 
 func (k *keeper) reference(tag string) string {
@@ -199,23 +282,23 @@ func (k *keeper) reference(tag string) string {
 	return ref.String()
 }
 
-// Close notes that the documents were of use until now: without them an image that is all here cannot be mounted
-// offline. Those that went meanwhile are kept once more.
-func (k *keeper) Close() {
+// Close lets go of the documents: without them an image that is all here could not be mounted offline.
+func (k *keeper) Close() error {
 	k.mu.Lock()
-	used := k.used
-	k.used = make(map[digest.Digest][]byte)
-	k.mu.Unlock()
-	for d, raw := range used {
-		k.Put(context.Background(), d, raw)
+	defer k.mu.Unlock()
+	var errs []error
+	for _, b := range k.held {
+		errs = append(errs, b.Close())
 	}
+	clear(k.held)
+	return errors.Join(errs...)
 }
 
 // nothing is a blobcache.Fetcher of what is not to be fetched.
 type nothing struct{}
 
 func (nothing) Fetch(context.Context, int64, int64) (io.ReadCloser, int64, int64, error) {
-	return nil, 0, 0, errors.New("it is not kept any more")
+	return nil, 0, 0, fs.ErrNotExist
 }
 
 // An inMemory is a blobcache.Fetcher of what is in memory.
@@ -225,25 +308,27 @@ func (d inMemory) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, 
 	return io.NopCloser(bytes.NewReader(d[off : off+n])), off, int64(len(d)), nil
 }
 
-// forgetRecords removes the records of tags that led to what is not kept any more.
+// forgetRecords removes the records of tags that led to what is not kept any more. A mount keeps a manifest before it
+// writes the record: so what is kept is looked at after the record was read.
 func forgetRecords(cache *blobcache.Cache) (err error) {
-	list, err := cache.List()
-	if err != nil {
-		return err
-	}
 	usage, err := cache.Usage()
 	if err != nil {
 		return err
 	}
-	kept := make(map[string]bool)
-	for _, k := range list {
-		kept[k.Digest] = k.Present > 0 || kept[k.Digest]
+	if _, err := os.Lstat(recordsDir(usage.Directory)); errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
 	records, err := openRecords(usage.Directory)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, records.Close()) }()
-	_, err = records.Remove(func(e lastknown.Entry) bool { return !kept[e.Digest] })
+	_, err = records.Remove(func(e lastknown.Entry) (bool, error) {
+		if digest.Digest(e.Digest).Validate() != nil {
+			return true, nil
+		}
+		kept, err := cache.Has(e.Digest)
+		return !kept, err
+	})
 	return err
 }

@@ -157,14 +157,24 @@ func (o *layerOpener) index(ctx context.Context, s *layerSource, blob *remoteBlo
 	if err != nil {
 		return nil, err
 	}
+	if holder.lacks(0, v.Index.Len) {
+		return nil, fmt.Errorf("blob %s: its chunk index: %w", blob.Digest(), errOffline)
+	}
 	var chunks verified.Fetcher = blob
 	if v.Index.Holder.Digest == blob.Digest() {
 		chunks = holder
 	}
-	x, err := verified.ReadIndex(ctx, holder, chunks, verified.IndexPlace{
+	place := verified.IndexPlace{
 		Off: v.Index.Off, Len: v.Index.Len, Framed: v.Index.Framed, Digest: v.Index.Digest.String(), DataEnd: v.Index.DataEnd,
 		Unchecked: o.verify == verifyOff,
-	})
+	}
+	x, err := verified.ReadIndex(ctx, holder, chunks, place)
+	if why := doubtful(x, err); why != nil && o.verify == verifyOff && holder.found && !o.offline {
+		// Nobody verified it when it came, or since: a wrong one would be believed for ever.
+		if err = holder.forget(0, v.Index.Len, why); err == nil {
+			x, err = verified.ReadIndex(ctx, holder, chunks, place)
+		}
+	}
 	holder.found = false // the index is here: what else is fetched again is not what was kept of it
 	if errors.Is(err, integrity.ErrUnsupported) {
 		o.log.Warn("the chunk index is of no use", "blob", blob.Digest(), "err", err)
@@ -183,6 +193,14 @@ func (o *layerOpener) index(ctx context.Context, s *layerSource, blob *remoteBlo
 	return x, nil
 }
 
+// doubtful says what is wrong with an index that was not verified.
+func doubtful(x *verified.Index, err error) error {
+	if err != nil {
+		return err
+	}
+	return x.Doubt()
+}
+
 // indexHolder is the blob that has the index, which is kept: by its own digest, whichever blob it is in.
 func (o *layerOpener) indexHolder(s *layerSource, blob *remoteBlob, v registry.VouchedIndex) (*throughCache, error) {
 	if v.Holder.Digest != blob.Digest() {
@@ -192,8 +210,8 @@ func (o *layerOpener) indexHolder(s *layerSource, blob *remoteBlob, v registry.V
 		}
 	}
 	part := keptPart{digest: v.Digest.String(), off: v.Off, size: v.Len, unit: oneUnit(v.Len), origin: origin("chunk index", v.Framed)}
-	if part.piece = part.unit; o.verify == verifyOff {
-		part.origin = origin("chunk index", v.Framed, plain(blob)) // nobody compares it with its digest
+	if o.verify == verifyOff {
+		part.origin = origin("chunk index", v.Framed, plain(blob)) // nobody verifies it when it comes
 	}
 	return o.throughCache(s, blob, part)
 }
@@ -210,7 +228,7 @@ func (o *layerOpener) treeHolder(s *layerSource, blob *remoteBlob, v registry.Vo
 		n = 0 // who reads it says so
 	}
 	return o.throughCache(s, blob, keptPart{
-		digest: blob.Digest().String(), off: v.Off, size: n, unit: unit, piece: unit,
+		digest: blob.Digest().String(), off: v.Off, size: n, unit: unit,
 		origin: origin("parts of a tree", fmt.Sprintf("%x", v.Root), v.Off, v.BlockSize),
 	})
 }
@@ -242,6 +260,9 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *remoteB
 		holder, err := o.treeHolder(s, blob, *v.Verity)
 		if err != nil {
 			return err
+		}
+		if holder.lacks(0, 1) {
+			return fmt.Errorf("blob %s: the beginning of its dm-verity tree: %w", blob.Digest(), errOffline)
 		}
 		t, err := verified.OpenTree(ctx, holder, integrity.VerityRoot{
 			HashOffset: v.Verity.Off, BlockSize: v.Verity.BlockSize, Size: blob.Size(), Digest: v.Verity.Root,

@@ -69,13 +69,16 @@ func (o *opened) keptSize(ref registry.Reference, d digest.Digest) (int64, error
 		return 0, err
 	}
 	sizes, err := o.cache.Sizes(d.String(), plain(b))
-	if err == nil && len(sizes) != 1 {
-		err = errOffline // none, or somebody lied about one of them
+	switch {
+	case err != nil:
+	case len(sizes) == 1:
+		return sizes[0], nil
+	case len(sizes) == 0:
+		err = errOffline
+	default: // manifests lied about one of them, and it was read all the same
+		err = fmt.Errorf("--offline: it is kept with %d different sizes, and only the registry knows which is right; do without --offline", len(sizes))
 	}
-	if err != nil {
-		return 0, fmt.Errorf("blob %s: %w", d, err)
-	}
-	return sizes[0], nil
+	return 0, fmt.Errorf("blob %s: %w", d, err)
 }
 
 // chooseOffline is chooseLayers for who may ask nobody.
@@ -119,6 +122,21 @@ func (s *layerSource) here() (n, all int64) {
 // unverifiable says that what parts are verified by is not all here.
 func (s *layerSource) unverifiable() bool {
 	return s.by == byTree && slices.ContainsFunc(s.beside, func(t *throughCache) bool { return t.missing() > 0 })
+}
+
+// lacks says that something of a range of the part is missing, and that nobody may fetch it.
+func (t *throughCache) lacks(off, n int64) bool {
+	if !t.offline || t.kept == nil {
+		return false
+	}
+	for end := off + n; off < end; {
+		present, next := t.kept.Present(off)
+		if !present {
+			return true
+		}
+		off = next
+	}
+	return false
 }
 
 // wholeIsHere refuses a layer that is read as a whole, and is not here as a whole.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,12 +17,14 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
+	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -83,7 +86,12 @@ func (s *shelf) open(offline bool) (*opened, error) {
 	s.log.Reset()
 	s.registry.ResetStats()
 	p := &program{stderr: &s.said, stdout: io.Discard, getenv: func(string) string { return "" }}
-	return p.open(s.t.Context(), o, slog.New(slog.NewTextHandler(&s.log, nil)))
+	o.client.Logger = slog.New(slog.NewTextHandler(&s.log, nil))
+	opened, err := p.open(s.t.Context(), o, o.client.Logger)
+	if err == nil {
+		opened.remember()
+	}
+	return opened, err
 }
 
 func (s *shelf) mustOpen(offline bool) *opened {
@@ -243,32 +251,34 @@ func TestOfflineIncomplete(t *testing.T) {
 	}
 }
 
-// TestOfflineRefused: what cannot be found without the registry is one line that says so.
-func TestOfflineRefused(t *testing.T) {
-	refused := func(s *shelf, want error, texts ...string) {
-		s.t.Helper()
-		o, err := s.open(true)
-		if err == nil {
-			o.Close()
-			s.t.Error("opened")
-			return
-		}
-		line := oneLine(err)
-		if !errors.Is(err, want) || exitCode(err) != exitFailure {
-			s.t.Errorf("%v", err)
-		}
-		for _, text := range append(texts, "--offline") {
-			if !strings.Contains(line, text) {
-				s.t.Errorf("%q does not say %q", line, text)
-			}
-		}
-		if n := s.registry.Stats().Requests; n != 0 {
-			s.t.Errorf("%d requests", n)
+// refused has the image be refused offline, without a request, by a line that says why.
+func (s *shelf) refused(want error, texts ...string) {
+	s.t.Helper()
+	o, err := s.open(true)
+	if err == nil {
+		o.Close()
+		s.t.Error("opened")
+		return
+	}
+	line := oneLine(err)
+	if !errors.Is(err, want) || exitCode(err) != exitFailure {
+		s.t.Errorf("%v", err)
+	}
+	for _, text := range append(texts, "--offline") {
+		if !strings.Contains(line, text) {
+			s.t.Errorf("%q does not say %q", line, text)
 		}
 	}
+	if n := s.registry.Stats().Requests; n != 0 {
+		s.t.Errorf("%d requests", n)
+	}
+}
+
+// TestOfflineRefused: what cannot be found without the registry is one line that says so.
+func TestOfflineRefused(t *testing.T) {
 	index := verifiable.Options{Chunk: testChunk}
 	s := newShelf(t, index)
-	refused(s, errNeverMounted, s.ref, "not mounted before")
+	s.refused(errNeverMounted, s.ref, "not mounted before")
 	s.fill()
 	s.mustOpen(true)
 	s.registry.Stop()
@@ -280,29 +290,101 @@ func TestOfflineRefused(t *testing.T) {
 	if _, err := other.open(false); err == nil || strings.Contains(err.Error(), "--offline") {
 		t.Errorf("what was never mounted, without --offline: %v", err)
 	}
-	refused(&other, errNeverMounted, other.ref)
+	other.refused(errNeverMounted, other.ref)
 	other.ref = s.registry.Addr() + "/y:v1"
-	refused(&other, errNeverMounted, other.ref)
+	other.refused(errNeverMounted, other.ref)
 	other.ref = s.ref
 	other.options.SkipTLSVerify = true // what a stranger may have said is not what this one said
-	refused(&other, errNeverMounted, other.ref)
+	other.refused(errNeverMounted, other.ref)
 	other = *s
 	other.blob = digest.FromString("not here")
-	refused(&other, errOffline, other.blob.String())
+	other.refused(errOffline, other.blob.String())
+}
 
-	for _, what := range []string{"manifest", "index"} {
-		s := newShelf(t, index)
+// TestOfflineGone: so is an image of which something is missing without which nothing can be read.
+func TestOfflineGone(t *testing.T) {
+	for what, text := range map[string]string{"manifest": ": it is not kept on this machine, and", "index": "layer 0: blob %s: its chunk index: it is not kept"} {
+		s := newShelf(t, verifiable.Options{Chunk: testChunk})
 		o := s.mustOpen(false)
 		gone := map[string]digest.Digest{"manifest": o.image.Digest, "index": digest.FromBytes(s.blobs[0].Index)}[what]
 		must(t, o.Close())
 		s.removeKept(gone.String())
-		refused(s, errOffline)
+		s.refused(errOffline, strings.Replace(text, "%s", o.layers[0].Digest.String(), 1))
 	}
-	s = newShelf(t, verifiable.Options{Zstd: true})
+	s := newShelf(t, verifiable.Options{Verity: true})
 	o := s.mustOpen(false)
 	must(t, o.Close())
+	s.removeKept(o.layers[0].Digest.String())
+	s.refused(errOffline, "layer 0: ", "the beginning of its dm-verity tree: it is not kept")
+	s = newShelf(t, verifiable.Options{Zstd: true})
+	o = s.mustOpen(false)
+	must(t, o.Close())
 	s.removeKept(digest.FromBytes(s.blobs[0].Data).String())
-	refused(s, errOffline, "are missing")
+	s.refused(errOffline, "are missing")
+}
+
+// TestOfflineTexts: what went since, and what was damaged, was not "not mounted before".
+func TestOfflineTexts(t *testing.T) {
+	s := newShelf(t, verifiable.Options{})
+	s.fill()
+	for _, path := range s.records() {
+		must(t, os.WriteFile(path, []byte("{}"), 0o600))
+	}
+	if _, err := s.open(true); !errors.Is(err, errOffline) || !strings.Contains(err.Error(), "the record is damaged: it is not kept") {
+		t.Errorf("a damaged record: %v", err)
+	}
+	s.fill()
+	o := s.mustOpen(true)
+	// Its file is there, and nothing of it: what evicts does so.
+	_, err := o.cache.Prune(0)
+	must(t, err)
+	if _, err := s.open(true); !errors.Is(err, errOffline) || strings.Count(err.Error(), "kept") != 1 {
+		t.Errorf("an evicted manifest: %v", err)
+	}
+}
+
+// TestOfflineReadOnly: a cache that cannot be written cannot be used; what can be done is said.
+func TestOfflineReadOnly(t *testing.T) {
+	require.Has(t, "root")
+	s := newShelf(t, verifiable.Options{})
+	top := t.TempDir()
+	must(t, unix.Mount("tmpfs", top, "tmpfs", 0, "mode=700"))
+	t.Cleanup(func() { must(t, unix.Unmount(top, 0)) })
+	s.dir = filepath.Join(top, "cache")
+	s.fill()
+	must(t, unix.Mount("", top, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	if _, err := s.open(true); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "name a directory that you can write with --cache-dir") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestOfflineWaitsForNobody: what another process fetches, from a registry that does not answer, is not here.
+func TestOfflineWaitsForNobody(t *testing.T) {
+	s := newShelf(t, verifiable.Options{})
+	online := s.mustOpen(false)
+	asked, hold := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	s.registry.SetFault(fakeregistry.Plan(func(*http.Request) *fakeregistry.Fault {
+		once.Do(func() { close(asked) })
+		return &fakeregistry.Fault{After: 10, Stall: hold}
+	}).OnBlobs())
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		if err := online.layers[0].blob.ReadAt(context.Background(), make([]byte, 10), 0); err != nil {
+			t.Errorf("online: %v", err)
+		}
+	})
+	<-asked
+	o := s.mustOpen(true)
+	began := time.Now()
+	if err := o.layers[0].blob.ReadAt(t.Context(), make([]byte, 10), 0); !errors.Is(err, errOffline) {
+		t.Errorf("offline: %v", err)
+	}
+	if d := time.Since(began); d > 10*time.Second { // others wait for 20 s
+		t.Errorf("it took %v to fail", d)
+	}
+	close(hold)
+	reader.Wait()
 }
 
 func (s *shelf) removeKept(d string) {
@@ -328,6 +410,26 @@ func TestOfflineBlob(t *testing.T) {
 	if n := s.registry.Stats().Requests; n != 0 {
 		t.Errorf("%d requests", n)
 	}
+
+	// What somebody says of its size counts where nobody knows better.
+	o := s.mustOpen(true)
+	plainBlob, err := o.client.Blob(o.ref.registry, o.layers[0].Descriptor)
+	must(t, err)
+	lie := func(size, read int64) {
+		t.Helper()
+		b, err := o.cache.Open(d.String(), size, pattern(size), blobcache.OpenOptions{Origin: plain(plainBlob)})
+		must(t, err)
+		must(t, errors.Join(b.ReadAt(t.Context(), make([]byte, read), 0), b.Close()))
+	}
+	lie(123, 0)
+	lie(2<<20, 1) // of which not all is here
+	if failed := s.readAll(s.mustOpen(true)); failed > 0 {
+		t.Errorf("%d reads failed", failed)
+	}
+	lie(124, 124)
+	if _, err := s.open(true); err == nil || !strings.Contains(err.Error(), "2 different sizes") {
+		t.Errorf("two of them are here: %v", err)
+	}
 }
 
 // TestMovedTag: the new image online, the last known one offline.
@@ -348,6 +450,53 @@ func TestMovedTag(t *testing.T) {
 			t.Errorf("offline %v: %d reads failed", c.offline, failed)
 		}
 		must(t, o.Close())
+	}
+}
+
+// TestMovedTagUnread: a tag that leads to something of which nothing could be read, or was only looked at, is not what it
+// led to the last time; it is when that was read.
+func TestMovedTagUnread(t *testing.T) {
+	for name, kind := range map[string]verifiable.Options{"nothing": {}, "index": {Chunk: testChunk}, "whole": {Zstd: true}} {
+		s := newShelf(t, kind)
+		s.options.PlainHTTP = true // as the commands have it
+		s.fill()
+		old := s.want[0]
+		b := verifiable.Make(t, imageBytes(imageSize/2), kind)
+		_, err := ocipush.Push(t.Context(), s.registry.URL(), "x:v1", b.Layers(), ocipush.Options{})
+		must(t, err)
+		leadsTo := func(want []byte, after string) {
+			t.Helper()
+			s.want = [][]byte{want}
+			o, err := s.open(true)
+			if err != nil {
+				t.Fatalf("%s, after %s: %v", name, after, err)
+			}
+			if failed := s.readAll(o); failed > 0 {
+				t.Errorf("%s, after %s: %d reads failed", name, after, failed)
+			}
+			must(t, o.Close())
+		}
+		command := func(args ...string) (code int) {
+			s.registry.ResetStats()
+			code = run(append(append([]string{"erofs-oci"}, args...), "--plain-http", "--on-error=wait:50ms", "--cache-dir="+s.dir, s.ref), strings.NewReader(""), io.Discard, io.Discard)
+			if s.registry.Stats().ManifestGETs != 1 {
+				t.Errorf("%q did not ask", args)
+			}
+			return code
+		}
+		s.registry.SetFault(fakeregistry.Always(fakeregistry.Fault{Status: 503}).OnBlobs())
+		if command("ls") == 0 {
+			t.Error("listed")
+		}
+		leadsTo(old, "ls")
+		s.registry.SetFault(nil)
+		if command("inspect") != 0 {
+			t.Error("inspect failed")
+		}
+		leadsTo(old, "inspect")
+		s.want = [][]byte{b.Plain}
+		s.fill()
+		leadsTo(b.Plain, "a mount")
 	}
 }
 
@@ -374,6 +523,8 @@ func TestReattachedOffline(t *testing.T) {
 	if failed := s.readAll(again); failed > 0 {
 		t.Errorf("%d reads failed", failed)
 	}
+	s.prune() // it holds the documents, as the first server did
+	must(t, s.mustOpen(true).Close())
 	must(t, again.Close())
 	if n := door.called(); n != 0 {
 		t.Errorf("somebody came %d times", n)

@@ -103,11 +103,7 @@ func (s *sourceOptions) access() backend.Access {
 // those of the host (certs.d), and those in the file ca.
 func (s *sourceOptions) secure(ca string, verify bool) (err error) {
 	s.client.CertDirs, s.client.SkipTLSVerify = registry.DefaultCertDirs(), !verify
-	if ca == "" {
-		return nil
-	}
-	// A server in the background has another working directory.
-	if s.tlsCA, err = filepath.Abs(ca); err != nil {
+	if s.tlsCA, err = absolute(ca); err != nil || ca == "" {
 		return err
 	}
 	s.client.RootCAs, err = registry.LoadCAs(s.tlsCA)
@@ -154,18 +150,13 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	default:
 		return usagef("--verify %q is not known; there are auto, require and off", s.verify)
 	}
-	authFile := c.String("authfile")
-	if authFile != "" {
-		// A server in the background has another working directory.
-		if authFile, err = filepath.Abs(authFile); err != nil {
-			return err
-		}
+	authFile, err := absolute(c.String("authfile"))
+	if err != nil {
+		return err
 	}
-	cacheDir := c.String("cache-dir")
-	if cacheDir != "" {
-		if cacheDir, err = filepath.Abs(cacheDir); err != nil {
-			return err
-		}
+	cacheDir, err := absolute(c.String("cache-dir"))
+	if err != nil {
+		return err
 	}
 	s.onError = c.String("on-error")
 	s.client = registry.Options{
@@ -200,6 +191,14 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 		}
 	}
 	return selectLayer(c, s)
+}
+
+// absolute is a path for a server in the background, which has another working directory.
+func absolute(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
 }
 
 func selectLayer(c *cli.Context, s *sourceOptions) error {
@@ -244,9 +243,10 @@ type opened struct {
 	layers []openedLayer // the lowest first
 	cache  *blobcache.Cache
 	dir    string // the cache's
-	// records and keeper have what is kept beside layers; keeper is nil where nothing had to be resolved.
-	records *lastknown.Store
-	keeper  *keeper
+	// records and keeper have what is kept beside layers.
+	records   *lastknown.Store // nil, with the reason, where there can be none
+	noRecords error
+	keeper    *keeper
 	// wrong is sent why when the bytes of a layer turn out to be wrong. There is room for
 	// one of each layer.
 	wrong    chan error
@@ -320,7 +320,7 @@ func (o *opened) chooseLayers(ctx context.Context, s *sourceOptions) error {
 // What is to be fetched for that is fetched at the same time for all of them.
 func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
 	if o.cache == nil { // the layers are those of a record
-		if err := p.openCache(o, s, log); err != nil {
+		if err := p.openRecordedCache(ctx, o, ref, s, log); err != nil {
 			return err
 		}
 	}
@@ -336,7 +336,9 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 		l := &o.layers[i]
 		digests = append(digests, l.Digest)
 		all.Go(func() (err error) {
-			l.blob, err = opener.open(ctx, l.Layer)
+			if l.blob, err = opener.open(ctx, l.Layer); errors.Is(err, errOffline) && l.Index >= 0 {
+				err = fmt.Errorf("%s: %w", l.name(), err) // who is offline cannot look up the digest
+			}
 			return err
 		})
 	}
@@ -445,6 +447,7 @@ func (p *program) openImage(c *cli.Context, ref string, oneLayer bool, log *slog
 	if err != nil {
 		return nil, errors.Join(o.explain(err), o.Close())
 	}
+	o.remember()
 	return &openedImage{opened: o, Image: im, Volume: o.volume(), ctx: c.Context}, nil
 }
 
@@ -476,7 +479,7 @@ func (o *opened) Close() error {
 		}
 	}
 	if o.keeper != nil {
-		o.keeper.Close()
+		errs = append(errs, o.keeper.Close())
 	}
 	if o.records != nil {
 		errs = append(errs, o.records.Close())

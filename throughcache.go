@@ -1,13 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -41,7 +41,7 @@ type keptPart struct {
 	digest    string // under which it is kept
 	off, size int64  // where in the blob it is
 	unit      int64  // as in blobcache.OpenOptions
-	piece     int64  // bytes that are read at once: whole units
+	piece     int64  // bytes that are read at once: whole units, and one if zero
 	origin    string
 	layer     bool // it is a layer, and nothing that a layer is verified by
 }
@@ -50,7 +50,8 @@ type keptPart struct {
 // read of the rest comes from the registry as if there were no throughCache.
 //
 // Nothing here verifies: who reads the part does that, each time that he reads it. If it is wrong he asks for it
-// elsewhere, and then what is kept goes and is not used again. (So the next mount keeps it anew.)
+// elsewhere, and then the units that he means, and no others, go from the cache and come anew: from where they came, if
+// that is the cache of an earlier mount, and else from elsewhere indeed.
 type throughCache struct {
 	*remoteBlob
 	part  keptPart
@@ -58,13 +59,15 @@ type throughCache struct {
 	found bool            // some of it was kept before: that may be wrong without the registry's fault
 	log   *slog.Logger
 
-	distrusted atomic.Bool
-	removing   sync.Once
+	mu    sync.Mutex      // guards what follows
+	came  map[int64]bool  // units that this process asked the registry for
+	wrong map[int64]error // what was wrong with such units, until they are asked for again
 }
 
 // throughCache opens what is kept of a part. It is closed with s.
 func (o *layerOpener) throughCache(s *layerSource, blob *remoteBlob, part keptPart) (*throughCache, error) {
-	t := &throughCache{remoteBlob: blob, part: part, log: o.log}
+	part.piece = cmp.Or(part.piece, part.unit)
+	t := &throughCache{remoteBlob: blob, part: part, log: o.log, came: make(map[int64]bool), wrong: make(map[int64]error)}
 	if part.size <= 0 {
 		return t, nil // who reads it says what is wrong with that
 	}
@@ -108,7 +111,7 @@ func (t *throughCache) holds(off, n int64) bool {
 
 // Fetch is a Fetcher's.
 func (t *throughCache) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
-	if !t.holds(off, n) || t.distrusted.Load() {
+	if !t.holds(off, n) {
 		return t.remoteBlob.Fetch(ctx, off, n)
 	}
 	return &keptBody{ctx: ctx, from: t, at: off, end: off + n}, off, t.Size(), nil
@@ -116,25 +119,51 @@ func (t *throughCache) Fetch(ctx context.Context, off, n int64) (body io.ReadClo
 
 // FetchElsewhere is that of registry.Blob. What is kept of the range goes.
 func (t *throughCache) FetchElsewhere(ctx context.Context, off, n int64, why error) (body io.ReadCloser, start, total int64, err error) {
-	if t.holds(off, n) {
-		t.removing.Do(func() { t.remove(why) })
+	if !t.holds(off, n) {
+		return t.remoteBlob.FetchElsewhere(ctx, off, n, why)
 	}
-	return t.remoteBlob.FetchElsewhere(ctx, off, n, why)
+	if err := t.forget(off-t.part.off, n, why); err != nil {
+		return nil, 0, 0, err
+	}
+	return t.Fetch(ctx, off, n)
 }
 
-func (t *throughCache) remove(why error) {
-	t.distrusted.Store(true) // before reads of what is kept fail
-	t.log.Warn("what is kept beside a layer is wrong, and is removed", "blob", t.Digest(), "offset", t.part.off, "bytes", t.part.size, "err", why)
-	if err := t.kept.Purge(); err != nil {
-		t.log.Error("the cache may keep something that is wrong beside a layer; it is noticed each time", "blob", t.Digest(), "err", err)
+// forget has a range of the part fetched again, of which why says what is wrong.
+func (t *throughCache) forget(off, n int64, why error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	kept := false // by an earlier mount, or another process
+	for unit := off / t.part.unit; unit*t.part.unit < off+n; unit++ {
+		if t.came[unit] {
+			t.wrong[unit] = why
+		} else {
+			kept = true
+		}
 	}
+	if kept {
+		t.log.Warn("what is kept beside a layer is wrong, and is removed", "blob", t.Digest(), "offset", t.part.off+off, "bytes", n, "err", why)
+	}
+	return t.kept.Forget(off, n)
 }
 
-// Close notes that the part was of use until now, lest it goes before the image that it belongs to.
+// asked notes that a range of the part is asked for, and says what was wrong with it if it was before.
+func (t *throughCache) asked(off, n int64) (why error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for unit := off / t.part.unit; unit*t.part.unit < off+n; unit++ {
+		if t.wrong[unit] != nil {
+			why = t.wrong[unit]
+		}
+		delete(t.wrong, unit)
+		t.came[unit] = true
+	}
+	return why
+}
+
+// Close ends it. What is a layer by itself was of use until now: it was decompressed when it was opened.
 func (t *throughCache) Close() error {
-	var one [1]byte
-	for off := int64(0); off < t.part.size; off += t.part.unit {
-		t.kept.ReadResident(one[:], off)
+	if t.part.layer {
+		t.kept.Touch()
 	}
 	return t.kept.Close()
 }
@@ -145,24 +174,20 @@ type keptBody struct {
 	from    *throughCache
 	at, end int64 // in the blob: what was not read from the cache yet
 	buf     []byte
-	ready   []byte        // of buf
-	below   io.ReadCloser // not nil: what is kept went meanwhile
+	ready   []byte // of buf
 }
 
 func (b *keptBody) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if len(b.ready) == 0 && b.below == nil {
+	if len(b.ready) == 0 {
 		if b.at == b.end {
 			return 0, io.EOF
 		}
 		if err := b.fill(); err != nil {
 			return 0, err
 		}
-	}
-	if len(b.ready) == 0 {
-		return b.below.Read(p)
 	}
 	n := copy(p, b.ready)
 	b.ready = b.ready[n:]
@@ -177,27 +202,14 @@ func (b *keptBody) fill() error {
 	if int64(cap(b.buf)) < n {
 		b.buf = make([]byte, n)
 	}
-	err := t.kept.ReadAt(b.ctx, b.buf[:n], b.at-t.part.off)
-	if err == nil {
-		b.at, b.ready = b.at+n, b.buf[:n]
-		return nil
-	}
-	if !t.distrusted.Load() {
+	if err := t.kept.ReadAt(b.ctx, b.buf[:n], b.at-t.part.off); err != nil {
 		return err
 	}
-	body, err := exactly(b.ctx, t.remoteBlob, b.at, b.end-b.at)
-	if err == nil {
-		b.below = body
-	}
-	return err
+	b.at, b.ready = b.at+n, b.buf[:n]
+	return nil
 }
 
-func (b *keptBody) Close() error {
-	if b.below == nil {
-		return nil
-	}
-	return b.below.Close()
-}
+func (b *keptBody) Close() error { return nil }
 
 // A partFetcher brings what is to be kept.
 type partFetcher struct{ of *throughCache }
@@ -207,15 +219,27 @@ type partFetcher struct{ of *throughCache }
 func (f partFetcher) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
 	t := f.of
 	if off == 0 && t.part.size == t.Size() && t.missing() == t.part.size {
-		return t.remoteBlob.Fetch(ctx, 0, t.Size())
+		return t.again(t.asked(0, t.Size()))(ctx, 0, t.Size())
 	}
-	body, err := exactly(ctx, t.remoteBlob, t.part.off+off, n)
+	body, err := exactly(ctx, t.again(t.asked(off, n)), t.part.off+off, n)
 	return body, off, t.part.size, err
 }
 
+type fetchFunc func(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
+
+// again fetches what was wrong the last time, unless why is nil.
+func (b *remoteBlob) again(why error) fetchFunc {
+	if why == nil {
+		return b.Fetch
+	}
+	return func(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+		return b.FetchElsewhere(ctx, off, n, why)
+	}
+}
+
 // exactly fetches a range, of which the body has nothing but that, whatever the server sends.
-func exactly(ctx context.Context, blob *remoteBlob, off, n int64) (io.ReadCloser, error) {
-	body, start, _, err := blob.Fetch(ctx, off, n)
+func exactly(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser, error) {
+	body, start, _, err := fetch(ctx, off, n)
 	if err != nil {
 		return nil, err
 	}

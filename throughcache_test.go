@@ -130,6 +130,19 @@ func (s *shelf) files(match func(path string, info fs.FileInfo) bool) (found []s
 	return found
 }
 
+// flipOnDisk flips a bit of a file.
+func flipOnDisk(t *testing.T, path string, at int64) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	var b [1]byte
+	_, err = f.ReadAt(b[:], at)
+	must(t, err)
+	b[0] ^= 8
+	_, err = f.WriteAt(b[:], at)
+	must(t, errors.Join(err, f.Close()))
+}
+
 // TestKeptGoesBad: a bit that flips on disk, in whatever is kept beside a layer, is noticed. Online the right bytes are
 // fetched, offline there is an error; never is there a wrong byte.
 func TestKeptGoesBad(t *testing.T) {
@@ -144,21 +157,20 @@ func TestKeptGoesBad(t *testing.T) {
 		kind  verifiable.Options
 		which func(s *shelf, manifest digest.Digest) func(string, fs.FileInfo) bool
 		at    int64 // in the file
-		opens bool  // offline
 	}{
-		"manifest": {verifiable.Options{}, func(_ *shelf, m digest.Digest) func(string, fs.FileInfo) bool { return named(m) }, base + 20, false},
+		"manifest": {verifiable.Options{}, func(_ *shelf, m digest.Digest) func(string, fs.FileInfo) bool { return named(m) }, base + 20},
 		"index": {verifiable.Options{Chunk: testChunk}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return named(digest.FromBytes(s.blobs[0].Index))
-		}, base + 50, false},
+		}, base + 50},
 		"root of the tree": {verifiable.Options{Verity: true}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return func(path string, info fs.FileInfo) bool { return info.Size() == treeSize(s.blobs[0]) }
-		}, base + 4096 + 9, false},
+		}, base + 4096 + 9},
 		"zstd, whole": {verifiable.Options{Zstd: true}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return named(digest.FromBytes(s.blobs[0].Data))
-		}, base + 300_000, false},
+		}, base + 300_000},
 		"record": {verifiable.Options{}, func(s *shelf, _ digest.Digest) func(string, fs.FileInfo) bool {
 			return func(path string, _ fs.FileInfo) bool { return filepath.Base(filepath.Dir(path)) == "references" }
-		}, 70, false},
+		}, 70},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, online := range []bool{true, false} {
@@ -170,14 +182,7 @@ func TestKeptGoesBad(t *testing.T) {
 				if len(files) != 1 {
 					t.Fatalf("found %q", files)
 				}
-				f, err := os.OpenFile(files[0], os.O_RDWR, 0)
-				must(t, err)
-				var b [1]byte
-				_, err = f.ReadAt(b[:], c.at)
-				must(t, err)
-				b[0] ^= 8
-				_, err = f.WriteAt(b[:], c.at)
-				must(t, errors.Join(err, f.Close()))
+				flipOnDisk(t, files[0], c.at)
 				if online {
 					// What is damaged is fetched again, and kept: then it is there offline, too.
 					for _, offline := range []bool{false, true} {
@@ -208,41 +213,47 @@ func (l liar) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, int6
 	return io.NopCloser(bytes.NewReader(l.data[off : off+n])), off, int64(len(l.data)), nil
 }
 
+type openPart func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error)
+
+// part is what is kept of the first layer, or beside it.
+func (s *shelf) part(open openPart) keptPart {
+	s.t.Helper()
+	o := s.mustOpen(false)
+	opener := &layerOpener{client: o.client, ref: o.ref.registry, image: o.image, cache: o.cache, dir: o.dir, verify: verifyAuto, log: slog.New(slog.DiscardHandler)}
+	blob, err := opener.blob(o.image.Layers[0].Descriptor)
+	must(s.t, err)
+	v, err := o.image.Vouched(o.image.Layers[0])
+	must(s.t, err)
+	holder, err := open(opener, &layerSource{}, blob, v)
+	must(s.t, err)
+	must(s.t, errors.Join(holder.Close(), o.Close()))
+	return holder.part
+}
+
 // TestKeptWasWrong: what an earlier mount kept of a server that sent wrong bytes is found out, removed and fetched
 // again; offline it is an error, and the wrong bytes are gone.
 func TestKeptWasWrong(t *testing.T) {
 	for name, c := range map[string]struct {
 		kind verifiable.Options
-		part func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error)
+		part openPart
 		at   int
 	}{
-		"index": {verifiable.Options{Chunk: testChunk}, func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
+		"index": {verifiable.Options{Chunk: testChunk}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.indexHolder(source, b, *v.Index)
 		}, 50},
-		"tree": {verifiable.Options{Verity: true}, func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
+		"tree": {verifiable.Options{Verity: true}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.treeHolder(source, b, *v.Verity)
 		}, 4096 + 9},
-		"whole": {verifiable.Options{Zstd: true}, func(s *shelf, o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
+		"whole": {verifiable.Options{Zstd: true}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.wholeHolder(source, b)
 		}, 300_000},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, offline := range []bool{false, true} {
 				s := newShelf(t, c.kind)
-				o := s.mustOpen(false)
-				opener := &layerOpener{client: o.client, ref: o.ref.registry, image: o.image, cache: o.cache, dir: o.dir, verify: verifyAuto, log: slog.New(slog.DiscardHandler)}
-				blob, err := opener.blob(o.image.Layers[0].Descriptor)
-				must(t, err)
-				v, err := o.image.Vouched(o.image.Layers[0])
-				must(t, err)
-				source := &layerSource{}
-				holder, err := c.part(s, opener, source, blob, v)
-				must(t, err)
-				part := holder.part
-				must(t, errors.Join(holder.Close(), o.Close()))
-				s.lie(part, c.at)
+				s.lie(s.part(c.part), c.at)
 
-				o, err = s.open(offline)
+				o, err := s.open(offline)
 				if !offline {
 					must(t, err)
 					if failed := s.readAll(o); failed > 0 {
@@ -327,7 +338,7 @@ func (s *shelf) lie(part keptPart, at int) {
 }
 
 // TestKeptUntilTheEnd: what an image needs beside its layers counts as used until the mount ends, so that it does not go
-// before them. What of it went all the same is kept once more.
+// before them.
 func TestKeptUntilTheEnd(t *testing.T) {
 	s := newShelf(t, verifiable.Options{Chunk: testChunk})
 	s.fill()
@@ -358,19 +369,80 @@ func TestKeptUntilTheEnd(t *testing.T) {
 	if documents, index := used(); !documents.After(began) || !index.After(began) {
 		t.Errorf("mounted at %v; documents were used at %v, the index at %v", began, documents, index)
 	}
+}
 
-	s = newShelf(t, verifiable.Options{})
-	o = s.mustOpen(false)
-	_, err := o.cache.Prune(0)
-	must(t, err)
-	if _, err := s.open(true); !errors.Is(err, errOffline) {
-		t.Errorf("the test proves nothing: %v", err)
+// TestPruneWhileMounted: what a mounted image needs without the registry is in use, and stays.
+func TestPruneWhileMounted(t *testing.T) {
+	for name, kinds := range map[string][]verifiable.Options{"nothing": {{}}, "index": {{Chunk: testChunk}}, "tree": {{Verity: true}}} {
+		s := newShelf(t, kinds...)
+		o := s.mustOpen(false)
+		s.prune()
+		if n := len(s.records()); n != 1 {
+			t.Errorf("%s: %d records", name, n)
+		}
+		again, err := s.open(true)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		must(t, errors.Join(again.Close(), o.Close()))
+		s.prune()
+		if _, err := s.open(true); !errors.Is(err, errNeverMounted) {
+			t.Errorf("%s: unmounted, and pruned: %v", name, err)
+		}
 	}
-	must(t, o.Close())
-	s.mustOpen(true)
-	if !strings.Contains(s.said.String(), "layer 0: 0% of it is here") {
-		t.Errorf("said %q", s.said.String())
+}
+
+// prune is what cache prune does.
+func (s *shelf) prune() {
+	s.t.Helper()
+	var stderr bytes.Buffer
+	if code := run([]string{"erofs-oci", "cache", "prune", "--cache-dir=" + s.dir}, strings.NewReader(""), io.Discard, &stderr); code != 0 {
+		s.t.Errorf("cache prune: %s", stderr.String())
 	}
+}
+
+// records are the files of what tags led to.
+func (s *shelf) records() []string {
+	return s.files(func(path string, _ fs.FileInfo) bool { return filepath.Base(filepath.Dir(path)) == "references" })
+}
+
+// TestDataGoesFirst: in a long mount what the layer is verified by was read long ago, and goes after all that was read
+// since; so an image whose data are here can be mounted offline.
+func TestDataGoesFirst(t *testing.T) {
+	const mib = 1 << 20
+	for name, kind := range map[string]verifiable.Options{"index": {Chunk: testChunk}, "tree": {Verity: true}} {
+		s := newShelf(t, kind)
+		s.size = "16M"
+		o := s.mustOpen(false)
+		other := pattern(64 * mib)
+		b, err := o.cache.Open(digest.FromString("another").String(), int64(other), other, blobcache.OpenOptions{NoReadahead: true})
+		must(t, err)
+		for off := int64(0); off < b.Size(); off += mib {
+			must(t, b.ReadAt(t.Context(), make([]byte, mib), off))
+			if failed := s.readAll(o); failed > 0 {
+				t.Fatalf("%d reads failed", failed)
+			}
+		}
+		must(t, o.Close())
+		s.registry.Stop()
+		o, err = s.open(true)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if failed := s.readAll(o); failed > 0 {
+			t.Errorf("%s: %d reads failed", name, failed)
+		}
+		must(t, o.Close())
+	}
+}
+
+// A pattern is a blobcache.Fetcher of so many bytes.
+type pattern int64
+
+func (p pattern) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	return io.NopCloser(bytes.NewReader(bytes.Repeat([]byte{7}, int(n)))), off, int64(p), nil
 }
 
 // TestNothingKept: a cache without any room is no reason not to mount, and costs no request more at the beginning.
@@ -438,9 +510,7 @@ func TestRecordsHoldNoSecret(t *testing.T) {
 func TestPruneForgets(t *testing.T) {
 	s := newShelf(t, verifiable.Options{})
 	s.fill()
-	records := func() int {
-		return len(s.files(func(path string, _ fs.FileInfo) bool { return filepath.Base(filepath.Dir(path)) == "references" }))
-	}
+	records := func() int { return len(s.records()) }
 	cache := func(args ...string) {
 		t.Helper()
 		var stderr bytes.Buffer

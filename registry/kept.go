@@ -23,7 +23,7 @@ type Tags interface {
 	// Last gives the manifest or index of the tag. Its error is shown to the user.
 	Last(tag string) (digest.Digest, error)
 	// Led says what the tag leads to now.
-	Led(tag string, desc ocispec.Descriptor)
+	Led(tag string, d digest.Digest)
 }
 
 // Keep says what a Kept keeps, and where.
@@ -67,7 +67,7 @@ func (k *Kept) document(ctx context.Context, target, declared string) (document,
 	case k.keep.Offline == nil:
 		doc, err := k.ask(ctx, target, declared)
 		if err == nil {
-			k.keep.Tags.Led(ref.Tag, doc.Descriptor)
+			k.keep.Tags.Led(ref.Tag, doc.Digest)
 		}
 		return doc, err
 	default:

@@ -41,7 +41,7 @@ func (m *memory) Last(tag string) (digest.Digest, error) {
 	return d, nil
 }
 
-func (m *memory) Led(tag string, desc ocispec.Descriptor) { m.tags[tag] = desc.Digest }
+func (m *memory) Led(tag string, d digest.Digest) { m.tags[tag] = d }
 
 var errOfflineTest = errors.New("offline")
 

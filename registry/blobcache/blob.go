@@ -136,6 +136,9 @@ func (b *Blob) Close() error {
 		b.store.mu.Unlock()
 		b.cancel()
 		b.flights.Wait()
+		if b.beneath {
+			b.Touch()
+		}
 		b.err = b.store.cache.forget(b)
 	})
 	return b.err

@@ -143,7 +143,7 @@ type OpenOptions struct {
 	// take a tenth of the time.
 	OnComplete func() bool
 	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
-	// slot, so its own flights have others. They have no Label.
+	// slot, so its own flights have others. They have no Label. What is here of it counts as used as long as it is open.
 	Beneath bool
 	// NoReadahead has nothing fetched ahead of those who read through this Blob.
 	NoReadahead bool
@@ -282,6 +282,12 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	defer s.mu.Unlock()
 	s.blobs[b] = struct{}{}
 	s.completed()
+	if !b.beneath {
+		return b, nil
+	}
+	if err := s.stay(); err != nil {
+		c.options.Logger.Warn("what layers are verified by cannot be kept from other processes", "blob", s.digest, "err", err)
+	}
 	return b, nil
 }
 

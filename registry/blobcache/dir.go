@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -232,6 +233,16 @@ func (d *disk) reset() error {
 	return err
 }
 
+// A headerError says that a file is no blob's, although it has the name of one.
+type headerError struct {
+	path string
+	err  error
+}
+
+func (e *headerError) Error() string { return fmt.Sprintf("%s: %v", e.path, e.err) }
+
+func (e *headerError) Unwrap() error { return e.err }
+
 // openFound opens a file that is there already, as what it says it is. The caller has the directory's lock.
 func (c *Cache) openFound(file string) (_ *disk, err error) {
 	name, unit, ok := parseFileName(file)
@@ -252,7 +263,9 @@ func (c *Cache) openFound(file string) (_ *disk, err error) {
 		return nil, err
 	}
 	b := make([]byte, headerSize)
-	if _, err := f.ReadAt(b, 0); err != nil {
+	if _, err := f.ReadAt(b, 0); errors.Is(err, io.EOF) {
+		return nil, &headerError{f.Name(), errors.New("it is too short")}
+	} else if err != nil {
 		return nil, fmt.Errorf("%s: read its header: %w", f.Name(), err)
 	}
 	l, err := parseHeader(b)
@@ -260,7 +273,7 @@ func (c *Cache) openFound(file string) (_ *disk, err error) {
 		err = errors.New("it is of another blob")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+		return nil, &headerError{f.Name(), err}
 	}
 	d.layout = l
 	d.file = c.wrap(d.file, l)

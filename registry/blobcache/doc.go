@@ -30,7 +30,9 @@
 // until something goes well again.
 //
 // What other blobs are verified by may lie here, too (see OpenOptions.Beneath). A flight that has a slot then waits for a
-// read of that blob, whose flights therefore have slots of their own, so that those are never all taken by who waits.
+// read of that blob, whose flights therefore have slots of their own, so that those are never all taken by who waits. It is
+// read once, and needed as long as those who are verified by it: so as long as it is open, all that is here of it counts as
+// read just now.
 //
 // # In the background
 //

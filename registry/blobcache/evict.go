@@ -41,11 +41,11 @@ type victim struct {
 	bytes  int64
 }
 
-// A tenant is a blob of the directory: open in this process, or for this eviction only.
+// A tenant is a blob of the directory. There may be more of them than files may be open at a time.
 type tenant struct {
+	cache *Cache
 	name  string
 	store *store // nil: not open in this process
-	disk  *disk
 }
 
 // evict gives back at least want bytes if that can be done, regions that were not read for longest first, and says how
@@ -60,7 +60,9 @@ func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, er
 	tenants, err := c.tenants()
 	defer func() {
 		for _, t := range tenants {
-			err = errors.Join(err, c.leave(t))
+			if t.store != nil {
+				err = errors.Join(err, c.release(t.store))
+			}
 		}
 	}()
 	var victims []victim
@@ -95,7 +97,7 @@ func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, er
 	return freed, err
 }
 
-// tenants opens every blob of the directory.
+// tenants are all blobs of the directory, and those that are open here and have no name any more.
 func (c *Cache) tenants() ([]*tenant, error) {
 	names, err := c.names()
 	if err != nil {
@@ -106,7 +108,7 @@ func (c *Cache) tenants() ([]*tenant, error) {
 	var errs []error
 	for _, s := range c.hold() {
 		if s.disk.removed() {
-			tenants = append(tenants, &tenant{store: s, disk: s.disk})
+			tenants = append(tenants, &tenant{cache: c, store: s})
 			continue
 		}
 		name := fileName(s.disk.name, s.chunkSize)
@@ -114,18 +116,12 @@ func (c *Cache) tenants() ([]*tenant, error) {
 	}
 	for _, name := range names {
 		for _, s := range mine[name] {
-			tenants = append(tenants, &tenant{name: name, store: s, disk: s.disk})
+			tenants = append(tenants, &tenant{c, name, s})
 		}
-		if len(mine[name]) > 0 {
-			delete(mine, name)
-			continue
+		if len(mine[name]) == 0 {
+			tenants = append(tenants, &tenant{cache: c, name: name})
 		}
-		d, err := c.openFound(name)
-		if err != nil {
-			errs = append(errs, c.removeBroken(name, err))
-			continue
-		}
-		tenants = append(tenants, &tenant{name: name, disk: d})
+		delete(mine, name)
 	}
 	for _, stores := range mine { // they are kept nowhere
 		for _, s := range stores {
@@ -135,46 +131,51 @@ func (c *Cache) tenants() ([]*tenant, error) {
 	return tenants, errors.Join(errs...)
 }
 
-// removeBroken removes what is no blob's file though it has the name of one, unless somebody uses it.
-func (c *Cache) removeBroken(name string, why error) error {
-	if errors.Is(why, errLocked) || errors.Is(why, fs.ErrNotExist) {
+// open calls f with the file of a blob that is not open in this process, unless that is gone, or about to go.
+func (t *tenant) open(f func(d *disk) error) error {
+	d, err := t.cache.openFound(t.name)
+	if errors.Is(err, errLocked) || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	f, err := c.openPrivate(name, 0)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := c.unlink(f, name); err != nil && !errors.Is(err, errLocked) {
-		return err
-	}
-	return nil
+	return errors.Join(f(d), d.close())
 }
 
-// leave lets go of a tenant.
-func (c *Cache) leave(t *tenant) error {
-	if t.store != nil {
-		return c.release(t.store)
+// removeBroken removes what is no blob's file though it has the name of one, unless somebody uses it.
+func (t *tenant) removeBroken() error {
+	f, err := t.cache.openPrivate(t.name, 0)
+	if err != nil {
+		return ignore(err, fs.ErrNotExist)
 	}
-	return t.disk.close()
+	defer f.Close()
+	return ignore(t.cache.unlink(f, t.name), errLocked)
 }
 
 // victims lists the regions of a blob in which there are chunks.
-func (t *tenant) victims() ([]victim, error) {
-	d := t.disk
-	uses, err := d.lastUses()
-	if err != nil {
-		return nil, err
+func (t *tenant) victims() (list []victim, err error) {
+	if t.store != nil {
+		return t.regions(t.store.disk, t.store.lastUses())
 	}
-	var list []victim
+	err = t.open(func(d *disk) error {
+		uses, err := d.lastUses()
+		if err == nil {
+			list, err = t.regions(d, uses)
+		}
+		return err
+	})
+	if errors.As(err, new(*headerError)) {
+		err = t.removeBroken()
+	}
+	return list, err
+}
+
+func (t *tenant) regions(d *disk, uses []int64) (list []victim, err error) {
 	err = d.scan(func(chunk int64) {
 		r := chunk / d.perRegion
 		if len(list) == 0 || list[len(list)-1].region != r {
-			used := uses[r]
-			if t.store != nil {
-				used = t.store.used[r].Load()
-			}
-			list = append(list, victim{of: t, region: r, used: used})
+			list = append(list, victim{of: t, region: r, used: uses[r]})
 		}
 		list[len(list)-1].bytes += d.chunkLen(chunk)
 	})
@@ -186,11 +187,14 @@ func (t *tenant) evict(region int64) (freed int64, err error) {
 	if t.store != nil {
 		return t.store.evict(region)
 	}
-	if err := t.disk.lockRegion(unix.F_WRLCK, region); err != nil {
-		return 0, ignore(err, errLocked)
-	}
-	freed, err = t.disk.empty(region)
-	return freed, errors.Join(err, t.disk.lockRegion(unix.F_UNLCK, region))
+	err = t.open(func(d *disk) error {
+		if err := d.lockRegion(unix.F_WRLCK, region); err != nil {
+			return ignore(err, errLocked)
+		}
+		freed, err = d.empty(region)
+		return errors.Join(err, d.lockRegion(unix.F_UNLCK, region))
+	})
+	return freed, err
 }
 
 func ignore(err, harmless error) error {
@@ -221,17 +225,22 @@ func (c *Cache) removeEmpty(tenants []*tenant) (freed int64, err error) {
 		if t.store != nil {
 			continue
 		}
-		left := 0
-		if scanErr := t.disk.scan(func(int64) { left++ }); scanErr != nil || left > 0 {
-			err = errors.Join(err, scanErr)
-			continue
-		}
-		size, statErr := t.disk.occupied()
-		switch removeErr := c.unlink(t.disk.handle, t.name); {
-		case removeErr == nil:
-			freed += size
-		default:
-			err = errors.Join(err, statErr, ignore(removeErr, errLocked))
+		emptyErr := t.open(func(d *disk) error {
+			left := 0
+			if err := d.scan(func(int64) { left++ }); err != nil || left > 0 {
+				return err
+			}
+			size, err := d.occupied()
+			if err == nil {
+				err = c.unlink(d.handle, t.name)
+			}
+			if err == nil {
+				freed += size
+			}
+			return ignore(err, errLocked)
+		})
+		if !errors.As(emptyErr, new(*headerError)) { // which is removed, unless somebody uses it
+			err = errors.Join(err, emptyErr)
 		}
 	}
 	return freed, err

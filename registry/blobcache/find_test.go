@@ -2,6 +2,7 @@ package blobcache
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"slices"
@@ -44,6 +45,37 @@ func TestSizes(t *testing.T) {
 		t.Fatal(err)
 	}
 	sizes(3*cs+1, 99)
+	for digest, want := range map[string]bool{testDigest: true, testDigest[:70] + "0": false} {
+		if has, err := c.Has(digest); err != nil || has != want {
+			t.Errorf("%s: %v, %v", digest, has, err)
+		}
+	}
+}
+
+// TestSizesOfWhatIsHere: a size of which nothing is here says nothing, and one of which all is here says more than
+// others.
+func TestSizesOfWhatIsHere(t *testing.T) {
+	c := openCacheAt(t, t.TempDir(), Options{ChunkSize: cs, Readahead: -1})
+	open := func(size, read int64, want ...int64) {
+		t.Helper()
+		s := newServer(int(size))
+		b := openWith(t, c, s, OpenOptions{Origin: "one"})
+		if err := errors.Join(readNow(ctx, b, s, 0, read), b.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := c.Sizes(testDigest, "one"); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%v, %v; want %v", got, err, want)
+		}
+	}
+	open(123, 0)
+	if has, err := c.Has(testDigest); has || err != nil {
+		t.Errorf("something is here: %v", err)
+	}
+	open(4*cs, cs, 4*cs)
+	open(9*cs, cs, 4*cs, 9*cs)
+	open(2*cs, 2*cs, 2*cs)
+	open(3*cs, 3*cs, 2*cs, 3*cs)
+	open(5*cs, 4*cs, 2*cs, 3*cs)
 }
 
 // A resting is a Fetcher of data that is verified by another blob, which it reads before it answers.

@@ -116,6 +116,9 @@ func (b *Blob) start(begun []*flight) {
 // claim puts an absent chunk in flight. The caller holds s.mu.
 func (s *store) claim(chunk int64, f *flight) *pending {
 	pend := &pending{flight: f, cause: Demand, done: make(chan struct{})}
+	if _, wrong := s.wrong[chunk]; wrong {
+		pend.disputed = !s.unkeep(chunk)
+	}
 	s.inflight[chunk] = pend
 	s.pin(chunk, chunk+1)
 	return pend

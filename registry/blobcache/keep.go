@@ -43,7 +43,8 @@ func (c *Cache) keepHouse() {
 // keepHouse writes down when regions were used and, where there are other processes, lets go of those that were not
 // used lately. Whether others have completed the blob it looks in any case: they may have come and gone meanwhile.
 func (s *store) keepHouse(shared bool) error {
-	err := s.storeUses()
+	err := s.remain()
+	err = errors.Join(err, s.storeUses())
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.cache.clock.Load() - idle.Microseconds()

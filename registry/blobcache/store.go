@@ -49,6 +49,8 @@ type store struct {
 	exams  map[*exam]struct{} // under way
 	// intakes are those of chunks that did not pass by themselves.
 	intakes map[int64]intake
+	// wrong has the chunks that are to be forgotten, and could not be taken off the disk.
+	wrong   map[int64]struct{}
 	seed    maphash.Seed // for intakes; does not change
 	changed bool         // a chunk was not the same the next time
 	stored  []int64      // what the disk has of used
@@ -123,6 +125,7 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 		passed:    newBitmap(chunks),
 		exams:     make(map[*exam]struct{}),
 		intakes:   make(map[int64]intake),
+		wrong:     make(map[int64]struct{}),
 		seed:      maphash.MakeSeed(),
 		inflight:  make(map[int64]*pending),
 		fresh:     newBitmap(chunks),

@@ -3,7 +3,7 @@
 //
 // A record is a file of its own, under a name that is a hash of the reference and of who was asked:
 //
-//	references/HASH    {"reference": …, "origin": …, "digest": …, "size": …, "media_type": …}
+//	references/HASH    {"reference": …, "origin": …, "digest": …}
 //	                   a CRC-32C of that line, in hex
 //
 // It is written under another name and renamed, so that a reader finds the old one, the new one or none. Nothing is
@@ -38,8 +38,6 @@ type Entry struct {
 	Reference string `json:"reference"` // HOST/REPOSITORY:TAG
 	Origin    string `json:"origin"`    // who was asked, and how sure it is that it was he who answered
 	Digest    string `json:"digest"`    // of the manifest or index
-	Size      int64  `json:"size"`      // its length
-	MediaType string `json:"media_type"`
 }
 
 // Options of a Store. The zero value works.
@@ -84,13 +82,14 @@ func isName(name string) bool {
 	return err == nil && len(b) == sha256.Size && strings.ToLower(name) == name
 }
 
-// Get is what is known of a reference. The error is fs.ErrNotExist where that is nothing, or nothing that can be read.
+// Get is what is known of a reference. The error is fs.ErrNotExist where that is nothing, and ErrDamaged as well where
+// that is nothing that can be read.
 func (s *Store) Get(reference, origin string) (Entry, error) {
 	e, err := s.read(nameOf(reference, origin))
 	if err == nil && (e.Reference != reference || e.Origin != origin) {
-		err = errGarbage
+		err = ErrDamaged
 	}
-	if errors.Is(err, errGarbage) {
+	if errors.Is(err, ErrDamaged) {
 		err = fmt.Errorf("%w: %w", fs.ErrNotExist, err)
 	}
 	if err != nil {
@@ -99,7 +98,8 @@ func (s *Store) Get(reference, origin string) (Entry, error) {
 	return e, nil
 }
 
-var errGarbage = errors.New("the record is damaged")
+// ErrDamaged says that there is something where a record would be, and that it is none.
+var ErrDamaged = errors.New("the record is damaged")
 
 func (s *Store) read(name string) (Entry, error) {
 	info, err := s.root.Lstat(name)
@@ -107,7 +107,7 @@ func (s *Store) read(name string) (Entry, error) {
 		return Entry{}, err
 	}
 	if !info.Mode().IsRegular() {
-		return Entry{}, errGarbage // a link, say, or a pipe, which would hold us up
+		return Entry{}, ErrDamaged // a link, say, or a pipe, which would hold us up
 	}
 	f, err := s.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -140,10 +140,10 @@ func encode(e Entry) ([]byte, error) {
 func decode(raw []byte) (e Entry, err error) {
 	end := bytes.IndexByte(raw, '\n') + 1
 	if len(raw) > maxRecord || string(raw[end:]) != sumOf(raw[:end]) {
-		return Entry{}, errGarbage
+		return Entry{}, ErrDamaged
 	}
-	if json.Unmarshal(raw[:end], &e) != nil || e.Size < 0 {
-		return Entry{}, errGarbage
+	if json.Unmarshal(raw[:end], &e) != nil {
+		return Entry{}, ErrDamaged
 	}
 	return e, nil
 }
@@ -153,9 +153,6 @@ func (s *Store) Put(e Entry) error {
 	raw, err := encode(e)
 	if err == nil {
 		err = s.write(nameOf(e.Reference, e.Origin), raw)
-	}
-	if err == nil {
-		err = s.trim()
 	}
 	if err != nil {
 		return fmt.Errorf("record of %s: %w", e.Reference, err)
@@ -186,51 +183,55 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// each calls f with what there is of files, in no order.
-func (s *Store) each(f func(info fs.FileInfo) error) error {
+// names are those of the files that there are.
+func (s *Store) names() ([]string, error) {
 	dir, err := s.root.Open(".")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer dir.Close()
-	entries, err := dir.ReadDir(-1)
-	if err != nil {
-		return err
-	}
-	for _, d := range entries {
-		info, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed since
-		}
-		if err == nil {
-			err = f(info)
-		}
-		if err != nil {
-			return err
-		}
+	return dir.Readdirnames(-1)
+}
+
+// Trim removes the oldest records where there are too many, and what dead writers left. It is for who has put one.
+func (s *Store) Trim() error {
+	if err := s.trim(); err != nil {
+		return fmt.Errorf("records of references: %w", err)
 	}
 	return nil
 }
 
-// trim removes the oldest records where there are too many, and what dead writers left.
 func (s *Store) trim() error {
-	var all []fs.FileInfo
-	err := s.each(func(info fs.FileInfo) error {
-		switch name := info.Name(); {
-		case isName(name):
-			all = append(all, info)
-		case strings.HasPrefix(name, newPrefix) && time.Since(info.ModTime()) > staleAfter:
-			return ignoreGone(s.root.Remove(name))
-		}
-		return nil
-	})
-	if err != nil || len(all) <= s.most {
+	names, err := s.names()
+	if err != nil {
 		return err
+	}
+	var records []string
+	for _, name := range names {
+		if isName(name) {
+			records = append(records, name)
+		} else if strings.HasPrefix(name, newPrefix) {
+			if err := s.removeStale(name); err != nil {
+				return err
+			}
+		}
+	}
+	if len(records) <= s.most {
+		return nil // which is nearly always, and costs no look at the files
+	}
+	var all []fs.FileInfo
+	for _, name := range records {
+		info, err := s.root.Lstat(name)
+		if err == nil {
+			all = append(all, info)
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	slices.SortFunc(all, func(a, b fs.FileInfo) int {
 		return cmp.Or(a.ModTime().Compare(b.ModTime()), strings.Compare(a.Name(), b.Name()))
 	})
-	for _, info := range all[:len(all)-s.most] {
+	for _, info := range all[:max(len(all)-s.most, 0)] {
 		if err := ignoreGone(s.root.Remove(info.Name())); err != nil {
 			return err
 		}
@@ -238,27 +239,50 @@ func (s *Store) trim() error {
 	return nil
 }
 
-// Remove removes the records for which gone is true, and those that cannot be read, and says how many.
-func (s *Store) Remove(gone func(Entry) bool) (n int, err error) {
-	err = s.each(func(info fs.FileInfo) error {
-		if !isName(info.Name()) {
-			return nil
+func (s *Store) removeStale(name string) error {
+	info, err := s.root.Lstat(name)
+	if err != nil || time.Since(info.ModTime()) <= staleAfter {
+		return ignoreGone(err)
+	}
+	return ignoreGone(s.root.Remove(name))
+}
+
+// Remove removes the records for which gone is true, and those that cannot be read, and says how many. A record that is
+// written meanwhile stays: it was not asked about.
+func (s *Store) Remove(gone func(Entry) (bool, error)) (n int, err error) {
+	names, err := s.names()
+	for _, name := range names {
+		removed := false
+		if isName(name) && err == nil {
+			removed, err = s.removeIf(name, gone)
 		}
-		e, err := s.read(info.Name())
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil
-		case errors.Is(err, errGarbage):
-		case err != nil:
-			return err
-		case !gone(e):
-			return nil
+		if removed {
+			n++
 		}
-		n++
-		return ignoreGone(s.root.Remove(info.Name()))
-	})
+	}
 	if err != nil {
 		return n, fmt.Errorf("records of references: %w", err)
 	}
 	return n, nil
+}
+
+func (s *Store) removeIf(name string, gone func(Entry) (bool, error)) (removed bool, err error) {
+	before, err := s.root.Lstat(name)
+	if err != nil {
+		return false, ignoreGone(err)
+	}
+	e, err := s.read(name)
+	remove := errors.Is(err, ErrDamaged)
+	if err == nil {
+		remove, err = gone(e)
+	}
+	if !remove {
+		return false, ignoreGone(err)
+	}
+	now, err := s.root.Lstat(name)
+	if err != nil || !os.SameFile(before, now) || !now.ModTime().Equal(before.ModTime()) {
+		return false, ignoreGone(err)
+	}
+	err = ignoreGone(s.root.Remove(name))
+	return err == nil, err
 }

@@ -28,7 +28,7 @@ func open(t *testing.T, dir string, o Options) *Store {
 }
 
 func entry(tag string) Entry {
-	return Entry{Reference: "r.example/x:" + tag, Origin: "r.example/x (tls)", Digest: "sha256:" + strings.Repeat("a", 64), Size: 7, MediaType: "m"}
+	return Entry{Reference: "r.example/x:" + tag, Origin: "r.example/x (tls)", Digest: "sha256:" + strings.Repeat("a", 64)}
 }
 
 // TestPutGet: the last word counts, for who asks the same places in the same way.
@@ -121,7 +121,7 @@ func TestMost(t *testing.T) {
 			t.Fatal(err)
 		}
 		when := now.Add(time.Duration(i-10) * time.Minute)
-		if err := os.Chtimes(filepath.Join(dir, nameOf(e.Reference, e.Origin)), when, when); err != nil {
+		if err := errors.Join(os.Chtimes(filepath.Join(dir, nameOf(e.Reference, e.Origin)), when, when), s.Trim()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -149,7 +149,7 @@ func TestRemove(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, nameOf("garbage", "")), []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := s.Remove(func(e Entry) bool { return strings.HasSuffix(e.Reference, "2") }); n != 2 || err != nil {
+	if n, err := s.Remove(func(e Entry) (bool, error) { return strings.HasSuffix(e.Reference, "2"), nil }); n != 2 || err != nil {
 		t.Errorf("%d removed, %v; want 2", n, err)
 	}
 	for i := range 4 {
@@ -157,6 +157,29 @@ func TestRemove(t *testing.T) {
 		if _, err := s.Get(e.Reference, e.Origin); (err == nil) != (i != 2) {
 			t.Errorf("record %d: %v", i, err)
 		}
+	}
+}
+
+// TestRemoveKeepsNew: what is written while it is asked whether the old one is to go was not asked about.
+func TestRemoveKeepsNew(t *testing.T) {
+	s := open(t, t.TempDir(), Options{})
+	old, other := entry("v1"), entry("v1")
+	other.Digest = "sha256:" + strings.Repeat("c", 64)
+	for _, fresh := range []Entry{other, old} { // the same once more is another one, too
+		if err := s.Put(old); err != nil {
+			t.Fatal(err)
+		}
+		n, err := s.Remove(func(Entry) (bool, error) { return true, s.Put(fresh) })
+		if n != 0 || err != nil {
+			t.Errorf("%d removed, %v", n, err)
+		}
+		if got, err := s.Get(fresh.Reference, fresh.Origin); err != nil || got != fresh {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	why := errors.New("no answer")
+	if n, err := s.Remove(func(Entry) (bool, error) { return false, why }); n != 0 || !errors.Is(err, why) {
+		t.Errorf("%d removed, %v", n, err)
 	}
 }
 

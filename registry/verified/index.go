@@ -33,15 +33,17 @@ type Index struct {
 	suspects
 	raw       []byte // the index, where it is the blob's end; nil where it is not
 	unchecked bool
+	doubt     error // what is wrong with it, if it is unchecked
 }
 
 // ReadIndex reads the chunk index that holder has at p, and verifies it before anything
 // in it is looked at. blob has the chunks; it is the holder or another one. An index that
 // uses what is not known here is integrity.ErrUnsupported.
 func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index, error) {
-	want, err := parseDigest(p.Digest)
-	if err != nil && !p.Unchecked {
-		return nil, fmt.Errorf("chunk index: %w", err)
+	want, doubt := parseDigest(p.Digest)
+	named := doubt == nil
+	if !named && !p.Unchecked {
+		return nil, fmt.Errorf("chunk index: %w", doubt)
 	}
 	if p.Off < 0 || p.Len <= 0 || p.Len > MaxIndex {
 		return nil, fmt.Errorf("chunk index: %d bytes at %d: at most %d are taken: %w", p.Len, p.Off, int64(MaxIndex), integrity.ErrCorrupt)
@@ -56,10 +58,13 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 				return err
 			}
 		}
+		if named {
+			doubt = want.check("the chunk index", want.of(raw))
+		}
 		if p.Unchecked {
 			return nil
 		}
-		return want.check("the chunk index", want.of(raw))
+		return doubt
 	}
 	if err := mend(ctx, holder, stored, p.Off, check, nil); err != nil {
 		return nil, fmt.Errorf("chunk index: %w", err)
@@ -68,7 +73,7 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 	if err != nil {
 		return nil, err
 	}
-	index := &Index{ChunkIndex: x, suspects: suspects{blob: blob, total: p.Off + p.Len}, unchecked: p.Unchecked}
+	index := &Index{ChunkIndex: x, suspects: suspects{blob: blob, total: p.Off + p.Len}, unchecked: p.Unchecked, doubt: doubt}
 	if holder == blob && !p.Framed && x.Size() == p.Off {
 		index.raw = stored
 	}
@@ -80,6 +85,10 @@ func (x *Index) Verifies() bool {
 	_, ok := x.Checksums()
 	return ok && !x.unchecked
 }
+
+// Doubt is what is wrong with an index that was not to be checked, if it has not its digest. Who read it from where it
+// lay for long may want to fetch it.
+func (x *Index) Doubt() error { return x.doubt }
 
 // Unit is the size of all chunks but the last one, which may be shorter, if they have one
 // and it is a multiple of min up to max; else it is 0.

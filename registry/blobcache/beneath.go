@@ -1,0 +1,71 @@
+package blobcache
+
+import (
+	"errors"
+	"time"
+)
+
+// What layers are verified by is read once, as a rule, when they are opened; and without it, what is here of them cannot
+// be read without the network. So all that is here of a blob that is open Beneath counts as read just now, whoever looks:
+// in this process it goes after everything else, and other processes leave it alone as long as the blob is open.
+
+// lastOfAll is the time of use of what goes after everything else.
+const lastOfAll = anyTime - 1
+
+// stays says that what is here of the blob is of use as long as it is open. The caller holds s.mu.
+func (s *store) stays() bool {
+	for b := range s.blobs {
+		if b.beneath {
+			return true
+		}
+	}
+	return false
+}
+
+// lastUses are the times by which regions go.
+func (s *store) lastUses() []int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stays := s.stays()
+	uses := make([]int64, len(s.used))
+	for r := range uses {
+		if uses[r] = s.used[r].Load(); stays {
+			uses[r] = lastOfAll
+		}
+	}
+	return uses
+}
+
+// stay keeps what is here from other processes, and counts it as used until somebody looks again, so that it is newer
+// than what is read meanwhile. What another process is evicting just now it may have. The caller holds s.mu.
+func (s *store) stay() (err error) {
+	s.touch(s.cache.clock.Load() + houseEvery.Microseconds())
+	for r := range s.disk.regions {
+		if s.known.any(s.disk.region(r)) {
+			err = errors.Join(err, ignore(s.lease(r), errLocked))
+		}
+	}
+	return err
+}
+
+// remain has what is here stay for some time more, if it is to.
+func (s *store) remain() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stays() {
+		return nil
+	}
+	return s.stay()
+}
+
+// touch says when all that is here was used.
+func (s *store) touch(when int64) {
+	for r := range s.disk.regions {
+		if s.known.any(s.disk.region(r)) {
+			s.used[r].Store(when)
+		}
+	}
+}
+
+// Touch says that all that is here of the blob was of use just now, although nobody read it.
+func (b *Blob) Touch() { b.store.touch(time.Now().UnixMicro()) }

@@ -1,0 +1,80 @@
+package blobcache
+
+import (
+	"errors"
+	"testing"
+	"time"
+)
+
+// beneath opens the test's blob as one that others are verified by, and reads its first half.
+func beneath(t *testing.T, c *Cache) *Blob {
+	t.Helper()
+	s := newServer(8 * cs)
+	b := openWith(t, c, s, OpenOptions{Origin: "tree", Beneath: true})
+	if err := readNow(ctx, b, s, 0, 4*cs); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestBeneathGoesLast: what layers are verified by was read once, and goes after what was read since.
+func TestBeneathGoesLast(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		c := openCache(t, Options{ChunkSize: cs, Readahead: -1, MaxBytes: 2 * regionSize})
+		tree := beneath(t, c)
+		s := newServer(8 * regionSize)
+		b := openWith(t, c, s, OpenOptions{})
+		for off := int64(0); off < b.Size(); off += regionSize {
+			time.Sleep(time.Second)
+			if err := readNow(ctx, b, s, off, regionSize); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if st := c.Stats(); st.Evictions < 5 {
+			t.Errorf("%+v: the test shows nothing", st)
+		}
+		if !tree.ReadResident(make([]byte, 4*cs), 0) {
+			t.Error("it went before what was read later")
+		}
+	})
+}
+
+// TestBeneathStays: other processes leave it alone, however long nobody reads it; and when it is closed, it was used
+// until then, also where it was let go of.
+func TestBeneathStays(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		dir := t.TempDir()
+		caches := quietCaches(t, dir, 2)
+		fill := beneath(t, caches[1])
+		if err := fill.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s := newServer(8 * cs)
+		tree := openWith(t, caches[0], s, OpenOptions{Origin: "tree", Beneath: true}) // and reads nothing
+		data := openWith(t, caches[0], s, OpenOptions{})
+		if err := readNow(ctx, data, s, 0, 2*cs); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * idle)
+		if freed, err := caches[1].Prune(0); err != nil || kept(t, caches[1]) != 4*cs {
+			t.Errorf("%d bytes freed, %v; %d are kept, want the %d beneath", freed, err, kept(t, caches[1]), 4*cs)
+		}
+		time.Sleep(time.Minute)
+		closed := time.Now()
+		if err := errors.Join(data.Close(), tree.Close()); err != nil {
+			t.Fatal(err)
+		}
+		list, err := caches[1].List()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range list {
+			if k.Present > 0 && k.Used.Before(closed.Truncate(time.Second)) {
+				t.Errorf("%+v: closed at %v", k, closed)
+			}
+		}
+		if _, err := caches[1].Prune(0); err != nil || kept(t, caches[1]) != 0 {
+			t.Errorf("%d bytes are kept of what is closed, %v", kept(t, caches[1]), err)
+		}
+	})
+}
