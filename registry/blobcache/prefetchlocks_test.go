@@ -69,3 +69,35 @@ func TestPrefetchesDoNotLockEachOtherOut(t *testing.T) {
 		s.checkOnce(t)
 	})
 }
+
+// What waited long for its turn was not silent: nobody has its chunks fetched anew before its first byte comes.
+func TestPrefetchThatWaitedIsNotQuiet(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(100 * cs)
+		demand, here := make(chan struct{}), make(chan struct{})
+		s.gates = map[int64]chan struct{}{50 * cs: demand, 0: here}
+		b := open(t, s, Options{})
+		pass := &prefetch{blob: b, end: 20, again: 20}
+		if !pass.skip() || !b.store.cache.background.tryBegin() {
+			t.Fatal("may not begin")
+		}
+		reader := read(ctx, b, s, 50*cs, cs)
+		mustWait(t, "reader", reader)
+		if begun, err := pass.begin(); !begun || err != nil {
+			t.Fatal(begun, err)
+		}
+		time.Sleep(quiet + time.Second)
+		close(demand)
+		mustEnd(t, "reader", reader, nil)
+		mustAsk(t, s, spans([2]int64{50, 51}, [2]int64{0, 20})...)
+		later := read(ctx, b, s, 6*cs, cs)
+		mustWait(t, "reader of a chunk of it", later)
+		mustAsk(t, s, spans([2]int64{50, 51}, [2]int64{0, 20})...)
+		close(here)
+		mustEnd(t, "reader of a chunk of it", later, nil)
+		if err := pass.settle(ctx, 0, true); err != nil {
+			t.Error(err)
+		}
+		s.checkOnce(t)
+	})
+}

@@ -240,6 +240,7 @@ func (f *flight) divide() error {
 	f.first, f.end = runs[0].first, runs[0].end
 	f.demanded = min(max(f.demanded, f.first), f.end)
 	f.begun = true
+	f.heard.Store(time.Now().UnixNano()) // it may have waited for its turn: that was no silence of the server
 	return nil
 }
 
