@@ -209,7 +209,7 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 	if err != nil {
 		return 0, err
 	}
-	if behind {
+	if behind && !b.beneath { // else it was not counted
 		defer s.cache.background.serve()()
 	}
 	defer func() {

@@ -119,3 +119,27 @@ func TestPrefetchBeneath(t *testing.T) {
 		}
 	})
 }
+
+// Nor does a read of what verifies others count where it waits for a flight of the background.
+func TestPrefetchOfWhatIsBeneath(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		tree := newServer(10 * cs)
+		gate := make(chan struct{})
+		tree.gates = map[int64]chan struct{}{0: gate}
+		c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
+		below := openWith(t, c, tree, OpenOptions{Beneath: true})
+		p := prefetching(ctx, below, 0, 2*cs)
+		mustWait(t, "prefetch", p)
+		inside := read(ctx, below, tree, cs, cs)
+		mustWait(t, "a read for a flight", inside)
+		if g := c.background; g.waiting != 0 || g.served != 0 {
+			t.Errorf("%d readers wait, %d for the background; want none", g.waiting, g.served)
+		}
+		close(gate)
+		mustEnd(t, "a read for a flight", inside, nil)
+		mustEnd(t, "prefetch", p, nil)
+		if g := c.background; g.waiting != 0 || g.served != 0 {
+			t.Errorf("%d readers wait, %d for the background; want none", g.waiting, g.served)
+		}
+	})
+}
