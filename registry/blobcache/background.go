@@ -11,9 +11,12 @@ const (
 	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience.
 	longestPause = 2 * time.Second
 	// prefetchPiece is the most that a flight of the background asks for, and pieceTime is how long it should take at
-	// most: a reader that comes to its last chunk waits for all of it.
+	// most: a reader that comes to its last chunk waits for all of it. As long as nobody knows how long, it is firstPiece.
 	prefetchPiece = 4 << 20
+	firstPiece    = 512 << 10
 	pieceTime     = 250 * time.Millisecond
+	// measurable is how long a body has to be to tell how fast bytes come: much of a shorter one comes with its header.
+	measurable = 128 << 10
 	// smoothness is how many reads a second a body is read in that has a rate to keep.
 	smoothness = 32
 	// campaignGap is how long after one prefetch another belongs to the same campaign.
@@ -235,19 +238,24 @@ func (g *background) piece() int64 {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.speed > 0 {
-		most = min(int64(g.speed*pieceTime.Seconds()), most)
-	}
-	return most
+	return min(g.quarter(), most)
 }
 
-// took says that a body of n bytes took so long to come.
-func (g *background) took(n int64, d time.Duration) {
-	if d <= 0 {
-		return
+// quarter is how many bytes come in pieceTime. The caller holds mu.
+func (g *background) quarter() int64 {
+	if g.speed == 0 {
+		return firstPiece
 	}
+	return int64(min(g.speed*pieceTime.Seconds(), prefetchPiece))
+}
+
+// took says that a body of n bytes took so long to come, be it of the background or not.
+func (g *background) took(n int64, d time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if d <= 0 || n < min(measurable, g.quarter()) {
+		return
+	}
 	speed := float64(n) / d.Seconds()
 	if g.speed > 0 {
 		speed = (3*g.speed + speed) / 4

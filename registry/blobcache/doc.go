@@ -42,9 +42,8 @@
 //	for chunks of those under way only ──────── they go on, at no limit, until the chunks are there
 //	                                            others may begin, and read until the body of one of these is there
 //
-// A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second, or than a
-// rate allows for a second. Its flights
-// have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
+// A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second (512 KiB, as
+// long as no body has shown how much that is), or than a rate allows for a second. Its flights have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
 // as they begin, what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their
 // failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes are not
 // counted; they wait for the lock of a chunk no longer than a pause and a piece take.

@@ -241,7 +241,7 @@ func (f *flight) fetch() error {
 	if err := f.receive(body, start); err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: body from %d: %w", n, off, start, err)
 	}
-	if f.background && start == off && f.end == end {
+	if start == off && f.end == end {
 		s.cache.background.took(n, time.Since(began)-f.slept)
 	}
 	return nil

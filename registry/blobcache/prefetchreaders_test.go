@@ -143,3 +143,31 @@ func TestPrefetchOfWhatIsBeneath(t *testing.T) {
 		}
 	})
 }
+
+// How fast bytes come is not known at first: then a piece is small, unless what readers fetched has shown it.
+func TestPrefetchBeginsSmall(t *testing.T) {
+	for _, test := range []struct {
+		read int64 // chunks that a reader has fetched before
+		want [][2]int64
+	}{
+		{0, [][2]int64{{0, 128}, {128, 153}, {153, 160}}},
+		{31, [][2]int64{{900, 931}, {0, 128}, {128, 153}, {153, 160}}}, // too short to tell
+		{32, [][2]int64{{900, 932}, {0, 25}, {25, 50}, {50, 75}, {75, 100}, {100, 125}, {125, 150}, {150, 160}}},
+	} {
+		stage(t, func(t *testing.T) {
+			s := newServer(1000 * cs)
+			c := openCache(t, Options{ChunkSize: cs, Readahead: -1, MaxPrefetches: 1})
+			b, err := c.Open(testDigest, int64(len(s.content)), slowServer{s}, OpenOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := readNow(ctx, b, s, 900*cs, test.read*cs); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Prefetch(ctx, 0, 160*cs); err != nil {
+				t.Fatal(err)
+			}
+			mustAsk(t, s, spans(test.want...)...)
+		})
+	}
+}
