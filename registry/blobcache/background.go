@@ -221,6 +221,10 @@ func (g *background) spend(n int) {
 	g.next = g.next.Add(g.cost(int64(n)))
 }
 
+// inAdvance says that the rate has a chunk take longer than it may stay locked: one at a time is then waited for before
+// it is locked, and read at once.
+func (g *background) inAdvance(chunkSize int64) bool { return g.rate > 0 && g.rate < chunkSize }
+
 // portion is how much of n bytes is read at once.
 func (g *background) portion(n int) int {
 	if g.rate == 0 {
@@ -292,34 +296,51 @@ func (g *background) began() int64 {
 
 // mayBegin waits until f's fetch may begin. What of it readers come for meanwhile, they have fetched by themselves.
 func (f *flight) mayBegin() error {
-	g := f.blob.store.cache.background
+	s := f.blob.store
+	g := s.cache.background
 	if !f.slot {
 		if err := g.begin(f.blob.ctx, f.blob.ctx); err != nil {
 			return err
 		}
 		f.slot = true
-		return nil
 	}
 	for {
 		changed := g.watch()
 		if f.blob.ctx.Err() != nil {
 			return f.blob.ctx.Err()
 		}
-		if g.calm() {
-			return nil
+		calm, wait := g.calm(), time.Duration(0)
+		if g.inAdvance(s.chunkSize) {
+			wait = g.delay()
 		}
-		select {
-		case <-changed:
-		case <-f.blob.ctx.Done():
+		switch {
+		case calm && wait <= 0:
+			return nil
+		case calm:
+			f.sleep(wait, changed)
+		default:
+			select {
+			case <-changed:
+			case <-f.blob.ctx.Done():
+			}
 		}
 	}
+}
+
+// delay is how long the rate has f wait.
+func (f *flight) delay() time.Duration {
+	g := f.blob.store.cache.background
+	if f.ranged && f.end == f.first+1 && g.inAdvance(f.blob.store.chunkSize) {
+		return 0 // it has waited; a stream has not
+	}
+	return g.delay()
 }
 
 // mayRead waits until f may read on in its body: while somebody waits for what f is to bring, at once, and then the
 // bytes are not of the background any more.
 func (f *flight) mayRead() (promoted bool, err error) {
 	g := f.blob.store.cache.background
-	if g.idle() && g.delay() <= 0 {
+	if g.idle() && f.delay() <= 0 {
 		g.favor(f, false)
 		return false, nil
 	}
@@ -338,7 +359,7 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		if promoted {
 			return true, nil
 		}
-		wait := g.delay()
+		wait := f.delay()
 		free := g.free()
 		if !free && f.rested < longestPause {
 			wait = max(wait, longestPause-f.rested)

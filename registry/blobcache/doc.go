@@ -46,7 +46,9 @@
 // long as no body has shown how much that is), or than a rate allows for a second. Its flights have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
 // as they begin, what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their
 // failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes are not
-// counted; they wait for the lock of a chunk no longer than a pause and a piece take.
+// counted; they wait for the lock of a chunk no longer than a pause and a piece take. At a rate of less than a chunk a
+// second that would be long: there a flight waits before it begins, and then reads its one chunk at once. A stream of the
+// background locks a chunk only to write it.
 //
 // A pause is that nobody reads from the body: what the kernel has room for still comes, and then the server waits. A
 // Fetcher that bounds the time without progress must count only the time inside Read, as package registry does; a

@@ -376,6 +376,9 @@ func (s *store) makeStream(f *flight, next int64) {
 	s.whole = true
 	s.stream, s.streamNext = f, next
 	f.end = s.chunks
+	if f.background {
+		f.unlock() // it may be long before it comes to what it was to bring
+	}
 	for c, pend := range s.inflight {
 		if c >= next && !pend.flight.receiving {
 			pend.flight, pend.ahead = f, false

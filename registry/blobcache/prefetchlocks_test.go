@@ -101,3 +101,44 @@ func TestPrefetchThatWaitedIsNotQuiet(t *testing.T) {
 		s.checkOnce(t)
 	})
 }
+
+// At a rate of which a chunk takes longer than others have patience, nothing is locked for as long.
+func TestPrefetchAtALowRateLocksNothing(t *testing.T) {
+	for _, whole := range []bool{false, true} {
+		stage(t, func(t *testing.T) {
+			const each = 40 * time.Second // for a chunk
+			s := newServer(10 * cs)
+			s.whole = whole
+			dir := t.TempDir()
+			a := openBlob(t, openCacheAt(t, dir, Options{ChunkSize: cs, Readahead: -1, PrefetchRate: int64(cs * time.Second / each)}), s)
+			other := s
+			if whole {
+				other = newServer(10 * cs)
+			}
+			b := openBlob(t, openCacheAt(t, dir, Options{ChunkSize: cs, Readahead: -1}), other)
+			began := time.Now()
+			p := prefetching(ctx, a, 0, 10*cs)
+			time.Sleep(each / 2)
+			synctest.Wait()
+			if got := a.Stats().BytesFetched; got > 2*cs {
+				t.Errorf("%d bytes came at once", got)
+			}
+			for c := range int64(5) {
+				before := time.Now()
+				readChunks(t, b, other, c)
+				if took := time.Since(before); took > mostPause {
+					t.Errorf("another process waited %v for chunk %d", took, c)
+				}
+			}
+			if err := <-p.done; err != nil {
+				t.Error(err)
+			}
+			// The first ones are not waited for, and those of the other process are not paid for.
+			if took := time.Since(began); took < 2*each || took > 11*each {
+				t.Errorf("it took %v", took)
+			}
+			mustBeOnDisk(t, a, chunks(0, 10))
+			s.checkOnce(t)
+		})
+	}
+}
