@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -151,7 +152,7 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	}
 	if p.how.bytesPerSecond == 0 { // else it may take long, and readers want other things meanwhile
 		for _, l := range p.layers {
-			defer l.cached.HoldReadahead()()
+			defer l.cached.HoldReadahead(rangesOf(pieces, l))()
 		}
 	}
 	if err := p.bring(ctx, pieces); err != nil {
@@ -161,6 +162,17 @@ func (p *prefetcher) replay(ctx context.Context) error {
 		return p.overBudget()
 	}
 	return nil
+}
+
+// rangesOf are what pieces have of a layer.
+func rangesOf(pieces []piece, l *layerSource) iter.Seq2[int64, int64] {
+	return func(yield func(off, n int64) bool) {
+		for _, p := range pieces {
+			if p.layer == l && !yield(p.off, p.n) {
+				return
+			}
+		}
+	}
 }
 
 // bytesOf are those of reads.

@@ -69,7 +69,7 @@ func TestHoldReadahead(t *testing.T) {
 		s := newServer(200 * cs)
 		c := openCache(t, Options{ChunkSize: cs, Readahead: ahead})
 		b, other := openBlob(t, c, s), openBlob(t, c, s)
-		first, second := b.HoldReadahead(), other.HoldReadahead()
+		first, second := b.HoldReadahead(nil), other.HoldReadahead(nil)
 		readChunks(t, b, s, chunks(0, 10)...)
 		first()
 		readChunks(t, b, s, chunks(20, 30)...)
@@ -80,6 +80,33 @@ func TestHoldReadahead(t *testing.T) {
 		readChunks(t, b, s, 100, 101, 102)
 		if b.Stats().BytesAhead == 0 {
 			t.Error("nothing is fetched ahead when nobody holds it any more")
+		}
+	})
+}
+
+// Who reads what is not in the plan of who holds it is guessed for, after a few reads of that kind; who reads what is, is
+// not.
+func TestHoldReadaheadForAPlan(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		s := newServer(1000 * cs)
+		c := openCache(t, Options{ChunkSize: cs, Readahead: ahead})
+		b := openBlob(t, c, s)
+		release := b.HoldReadahead(func(yield func(off, n int64) bool) {
+			_ = yield(500*cs+1, 100*cs) && yield(900*cs, 10*cs)
+		})
+		defer release()
+		readChunks(t, b, s, chunks(500, 601)...)
+		readChunks(t, b, s, chunks(900, 910)...)
+		if st := b.Stats(); st.FetchesAhead != 0 || st.BytesFetched != 111*cs {
+			t.Errorf("stats %+v: want what the plan has", st)
+		}
+		readChunks(t, b, s, chunks(0, maxStrays)...)
+		if st := b.Stats(); st.FetchesAhead != 0 || st.BytesAhead != 0 {
+			t.Errorf("stats %+v: want nothing guessed for a few reads", st)
+		}
+		readChunks(t, b, s, chunks(maxStrays, 256)...)
+		if st := b.Stats(); st.FetchesDemand > 111+maxStrays+2 || st.BytesFetched < (111+256)*cs {
+			t.Errorf("stats %+v: want few that a reader had to wait for behind those", st)
 		}
 	})
 }

@@ -55,7 +55,7 @@ type store struct {
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
-	held     int                // who has HoldReadahead
+	holds    []*hold            // see HoldReadahead
 	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
 	blobs    map[*Blob]struct{} // those that are open
 	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
