@@ -393,7 +393,7 @@ func (f *flight) promoted() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, pend := range s.inflight {
-		if pend.flight == f && pend.wanted {
+		if pend.flight == f && pend.wanted > 0 {
 			return true
 		}
 	}

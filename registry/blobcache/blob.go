@@ -202,6 +202,11 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.unpin(first, end)
+		for _, pend := range wanted { // what is left, if the reader leaves
+			if pend != nil {
+				pend.wanted--
+			}
+		}
 	}()
 	s.cache.tick()
 	s.use(first, end)

@@ -91,7 +91,7 @@ func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
 			}
 			pend.flight, pend.ahead, pend.cause = run, false, Demand
 		}
-		pend.wanted = true
+		pend.wanted++
 		wanted[c-first] = pend
 		others = others || !pend.flight.background
 	}

@@ -198,3 +198,38 @@ func TestPrefetchBeginsSmall(t *testing.T) {
 		})
 	}
 }
+
+// A reader who leaves takes the haste with him that a flight has for his sake, unless another one is left.
+func TestPrefetchIsPromotedForWhoStays(t *testing.T) {
+	for stays, want := range map[bool]int64{false: 3, true: 11} {
+		stage(t, func(t *testing.T) {
+			s := newServer(100 * cs)
+			here, demand := make(chan struct{}), make(chan struct{})
+			s.gates = map[int64]chan struct{}{2 * cs: here, 50 * cs: demand}
+			b := open(t, s, Options{MaxPrefetches: 1})
+			p := prefetching(ctx, b, 0, 20*cs)
+			mustWait(t, "prefetch", p)
+			far := read(ctx, b, s, 50*cs, cs)
+			mustWait(t, "a reader of something else", far)
+			mine, leave := context.WithCancel(ctx)
+			leaver := read(mine, b, s, 9*cs, 2*cs)
+			mustWait(t, "the reader who leaves", leaver)
+			stayer := &reading{done: make(chan error, 1)}
+			if stays {
+				stayer = read(ctx, b, s, 9*cs, 2*cs)
+				mustWait(t, "the reader who stays", stayer)
+			}
+			leave()
+			mustEnd(t, "the reader who leaves", leaver, context.Canceled)
+			close(here)
+			if stays {
+				mustEnd(t, "the reader who stays", stayer, nil)
+			}
+			mustBeOnDisk(t, b, chunks(0, want))
+			close(demand)
+			mustEnd(t, "a reader of something else", far, nil)
+			mustEnd(t, "prefetch", p, nil)
+			s.checkOnce(t)
+		})
+	}
+}

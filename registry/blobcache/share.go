@@ -389,7 +389,7 @@ func (f *flight) keep(chunk int64, pend *pending, data []byte) error {
 	}
 	s.mu.Lock()
 	before := anyTime
-	if f.background && !pend.wanted {
+	if f.background && pend.wanted == 0 {
 		before = s.cache.background.began()
 	}
 	err := s.lease(chunk / s.disk.perRegion)

@@ -65,7 +65,7 @@ type store struct {
 type pending struct {
 	flight *flight       // that brings it
 	ahead  bool          // nobody had asked for it when it was claimed; flight, ahead, wanted and cause are guarded by store.mu
-	wanted bool          // a reader has asked for it
+	wanted int           // readers that wait for it
 	cause  Cause         // for which it is fetched
 	done   chan struct{} // closed when the chunk is there or failed; what follows does not change after that
 	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
