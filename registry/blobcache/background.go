@@ -8,7 +8,8 @@ import (
 
 const (
 	// longestPause is for how long a flight of the background lets readers go first once its body is there. More would
-	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience.
+	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience. A stream
+	// does so for each prefetchPiece.
 	longestPause = 2 * time.Second
 	// prefetchPiece is the most that a flight of the background asks for, and pieceTime is how long it should take at
 	// most: a reader that comes to its last chunk waits for all of it. As long as nobody knows how long, it is firstPiece.
@@ -376,6 +377,16 @@ func (f *flight) mayRead() (promoted bool, err error) {
 	}
 }
 
+// tire has a stream, which is as long as the blob, let others go first anew after each piece of it.
+func (f *flight) tire(n int) {
+	if !f.stream {
+		return
+	}
+	if f.tired += int64(n); f.tired >= prefetchPiece {
+		f.tired, f.rested = 0, 0
+	}
+}
+
 // sleep waits for a time, a change, or the end.
 func (f *flight) sleep(d time.Duration, changed <-chan struct{}) {
 	t := time.NewTimer(d)
@@ -426,5 +437,6 @@ func (r flightReader) readBehind(p []byte) (int, error) {
 	g := r.flight.blob.store.cache.background
 	n, err := r.read(p[:g.portion(len(p))])
 	g.spend(n)
+	r.flight.tire(n)
 	return n, err
 }

@@ -54,7 +54,8 @@
 // Fetcher that bounds the time without progress must count only the time inside Read, as package registry does; a
 // pause is not taken for a silence of the server here, either. The most that a pause costs is that the server breaks
 // off, for which 2 s are no reason to any that we know: then the Fetcher asks for the rest, or the flight fails. A flight
-// that has paused for so long altogether goes on beside the readers, but no other one begins.
+// that has paused for so long altogether goes on beside the readers, but no other one begins. A stream pauses anew after
+// each 4 MiB.
 //
 // What is prefetched may evict only what was last used before the prefetches began: not what another one brought a
 // moment ago, nor what was read meanwhile. Where that does not do, or the disk is full, Prefetch ends with ErrNoRoom.

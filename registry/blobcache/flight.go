@@ -34,6 +34,8 @@ type flight struct {
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
 	rested time.Duration // how long it let others go first since its body came
+	stream bool          // it is, or was, the blob's stream
+	tired  int64         // bytes of a stream that came since it last let others go first for as long as it may
 	slept  time.Duration // how long it did not read its body, for that and for the rate
 	counts *atomic.Int64 // of whose cause the next bytes are; nil: of none yet
 }
@@ -375,7 +377,7 @@ func (f *flight) goesOn(r *bufio.Reader) (bool, error) {
 func (s *store) makeStream(f *flight, next int64) {
 	s.whole = true
 	s.stream, s.streamNext = f, next
-	f.end = s.chunks
+	f.end, f.stream = s.chunks, true
 	if f.background {
 		f.unlock() // it may be long before it comes to what it was to bring
 	}

@@ -3,6 +3,7 @@ package blobcache
 import (
 	"context"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -232,4 +233,43 @@ func TestPrefetchIsPromotedForWhoStays(t *testing.T) {
 			s.checkOnce(t)
 		})
 	}
+}
+
+// A stream lets readers go first again and again: it is as long as the blob.
+func TestPrefetchOfAStreamRestsAgain(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		const size = 5 * prefetchPiece
+		s, far := newServer(size), newServer(100*cs)
+		s.whole = true
+		here, demand := make(chan struct{}), make(chan struct{})
+		s.gates = map[int64]chan struct{}{cs: here}
+		far.gates = map[int64]chan struct{}{50 * cs: demand}
+		c := openCache(t, Options{ChunkSize: cs, Readahead: -1, MaxPrefetches: 1})
+		b := openBlob(t, c, s)
+		other, err := c.Open(anotherDigest, 100*cs, far, OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := prefetching(ctx, b, 0, size)
+		mustWait(t, "prefetch", p)
+		reader := read(ctx, other, far, 50*cs, cs)
+		mustWait(t, "reader", reader)
+		close(here)
+		for rests := range int64(3) {
+			synctest.Wait()
+			want := int64(2 * cs) // the read that was under way goes on to its end
+			if rests > 0 {
+				// That it is a stream shows behind what was asked for, when one more chunk is read.
+				want = firstPiece + cs + rests*prefetchPiece
+			}
+			if got := b.Stats().BytesFetched; got != want {
+				t.Errorf("after %d rests: %d bytes came, want %d", rests, got, want)
+			}
+			time.Sleep(longestPause)
+		}
+		close(demand)
+		mustEnd(t, "reader", reader, nil)
+		mustEnd(t, "prefetch", p, nil)
+		s.checkOnce(t)
+	})
 }
