@@ -1,21 +1,26 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/erofsfmt"
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
@@ -106,6 +111,60 @@ func TestPrefetchBudget(t *testing.T) {
 		}
 		must(t, r.Close())
 	}
+}
+
+// A cache fetches units, and those that are larger than a piece count whole, and once.
+func TestPrefetchBudgetOfLargeUnits(t *testing.T) {
+	const size, unit = 18<<20 + 5, 8 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: unit}), false)
+	for _, c := range []struct{ budget, want int64 }{
+		{unit - 1, 0}, {unit, unit}, {unit + unit/2, unit}, {2*unit + 5, 2 * unit}, {size - 1, 2 * unit}, {size, size},
+	} {
+		r, err := p.open(t, verifyAuto)
+		must(t, err)
+		if got := r.cached.Unit(); got != unit {
+			t.Fatalf("the unit is %d", got)
+		}
+		f := r.prefetching(prefetchOptions{mode: prefetchAll, bytes: c.budget})
+		f.done.Wait()
+		if here := size - r.absent(0, size); here != c.want {
+			t.Errorf("%+v: %d bytes are here: %+v", c, here, f.Status())
+		}
+		must(t, r.Close())
+	}
+}
+
+// A breakingFetcher has bodies of a few bytes, whatever they should have.
+type breakingFetcher struct{ size, bytes int64 }
+
+func (f breakingFetcher) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	body := io.Reader(bytes.NewReader(make([]byte, min(n, f.bytes))))
+	if n > f.bytes {
+		body = io.MultiReader(body, iotest.ErrReader(errors.New("broken")))
+	}
+	return io.NopCloser(body), off, f.size, nil
+}
+
+// What came of a piece that broke off is paid for.
+func TestPrefetchBudgetOfWhatBreaksOff(t *testing.T) {
+	const size, budget, chunk = 16 << 20, 3 << 20, 256 << 10
+	cache, err := blobcache.New(filepath.Join(t.TempDir(), "cache"), blobcache.Options{ChunkSize: chunk, MaxPrefetches: 1})
+	must(t, err)
+	b, err := cache.Open("sha256:"+strings.Repeat("0", 64), size, breakingFetcher{size, chunk + 5}, blobcache.OpenOptions{})
+	must(t, err)
+	l := &layerSource{cached: b, bytes: b, size: size}
+	f := &prefetcher{cache: cache, how: prefetchOptions{mode: prefetchAll, bytes: budget}}
+	for _, next := range cutPieces(nil, l, chunk, 0, size) {
+		for err, tries := errors.New("not yet tried"), 0; err != nil && !errors.Is(err, errBudget); tries++ {
+			if err = f.bringPiece(t.Context(), next); tries > 2*prefetchPiece/chunk {
+				t.Fatal(err)
+			}
+		}
+	}
+	if here := size - l.absent(0, size); here != budget {
+		t.Errorf("%d bytes are here of %d in the budget", here, budget)
+	}
+	must(t, errors.Join(b.Close(), cache.Close()))
 }
 
 // reaches waits until the fetching is in a state.
@@ -220,7 +279,7 @@ func TestRecordedPrefetch(t *testing.T) {
 func TestCutPieces(t *testing.T) {
 	for _, c := range []struct{ off, n int64 }{{0, 0}, {5, 1}, {4096, prefetchPiece}, {4096, prefetchPiece + 1}, {0, 3*prefetchPiece - 1}} {
 		next := c.off
-		pieces := cutPieces(nil, nil, c.off, c.n)
+		pieces := cutPieces(nil, nil, 4096, c.off, c.n)
 		for _, p := range pieces {
 			if p.off != next || p.n <= 0 || p.n > prefetchPiece {
 				t.Errorf("%+v: %+v", c, pieces)
@@ -229,6 +288,28 @@ func TestCutPieces(t *testing.T) {
 		}
 		if next != c.off+c.n || int64(len(pieces)) != (c.n+prefetchPiece-1)/prefetchPiece {
 			t.Errorf("%+v: %+v", c, pieces)
+		}
+	}
+}
+
+// Pieces end where units do.
+func TestCutPiecesAtUnits(t *testing.T) {
+	const mib = 1 << 20
+	for _, c := range []struct {
+		unit, off, n int64
+		want         []int64 // where they end
+	}{
+		{256 << 10, 4096, 8 * mib, []int64{4 * mib, 8 * mib, 8*mib + 4096}},
+		{3 * mib, 0, 7 * mib, []int64{3 * mib, 6 * mib, 7 * mib}},
+		{8 * mib, 9 * mib, 16 * mib, []int64{16 * mib, 24 * mib, 25 * mib}},
+		{16 * mib, 0, 40 * mib, []int64{16 * mib, 32 * mib, 40 * mib}},
+	} {
+		var ends []int64
+		for _, p := range cutPieces(nil, nil, c.unit, c.off, c.n) {
+			ends = append(ends, p.off+p.n)
+		}
+		if !slices.Equal(ends, c.want) {
+			t.Errorf("%+v: they end at %d", c, ends)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -41,10 +42,12 @@ func (p piece) takes(next piece) bool {
 	return p.layer == next.layer && p.off+p.n == next.off && p.n+next.n <= prefetchPiece
 }
 
-// cutPieces cuts a range where a request of the cache would end.
-func cutPieces(pieces []piece, l *layerSource, off, n int64) []piece {
+// cutPieces cuts a range of a layer that the cache fetches by units: between two of them, so that no unit is in two
+// pieces of which each would pay for it.
+func cutPieces(pieces []piece, l *layerSource, unit, off, n int64) []piece {
+	whole := max(prefetchPiece-prefetchPiece%unit, unit)
 	for n > 0 {
-		step := min(n, prefetchPiece)
+		step := min(n, whole-off%unit)
 		pieces = append(pieces, piece{l, off, step})
 		off, n = off+step, n-step
 	}
@@ -65,7 +68,7 @@ func (p *prefetcher) everything(ctx context.Context) error {
 	}
 	var pieces []piece
 	for _, l := range p.layers {
-		pieces = cutPieces(pieces, l, 0, l.size)
+		pieces = cutPieces(pieces, l, l.cached.Unit(), 0, l.size)
 	}
 	p.recount(total)
 	if err := p.bring(ctx, pieces); err != nil {
@@ -144,12 +147,12 @@ func (p *prefetcher) replay(ctx context.Context) error {
 		if last := len(pieces) - 1; last >= 0 && pieces[last].takes(next) {
 			pieces[last].n += next.n
 		} else {
-			pieces = cutPieces(pieces, l, next.off, next.n)
+			pieces = cutPieces(pieces, l, l.cached.Unit(), next.off, next.n)
 		}
 	}
 	if p.how.bytesPerSecond == 0 { // else it may take long, and readers want other things meanwhile
 		for _, l := range p.layers {
-			defer l.cached.HoldReadahead()()
+			defer l.cached.HoldReadahead(rangesOf(pieces, l))()
 		}
 	}
 	if err := p.bring(ctx, pieces); err != nil {
@@ -159,6 +162,17 @@ func (p *prefetcher) replay(ctx context.Context) error {
 		return p.overBudget()
 	}
 	return nil
+}
+
+// rangesOf are what pieces have of a layer.
+func rangesOf(pieces []piece, l *layerSource) iter.Seq2[int64, int64] {
+	return func(yield func(off, n int64) bool) {
+		for _, p := range pieces {
+			if p.layer == l && !yield(p.off, p.n) {
+				return
+			}
+		}
+	}
 }
 
 // bytesOf are those of reads.
@@ -193,7 +207,7 @@ func (p *prefetcher) metadataOf(ctx context.Context, l *layerSource) (err error)
 			var pieces []piece
 			for _, r := range ranges {
 				p.want(r.Len)
-				pieces = cutPieces(pieces, l, r.Off, r.Len)
+				pieces = cutPieces(pieces, l, l.cached.Unit(), r.Off, r.Len)
 			}
 			return p.bringAll(ctx, pieces, func(bad piece) { src.bad = append(src.bad, bad) })
 		})
@@ -252,6 +266,22 @@ func (s *layerSource) absent(off, n int64) (absent int64) {
 	}
 	return absent
 }
+
+// cost is how much has to be fetched for a range: whole units, as far as the image goes.
+func (s *layerSource) cost(off, n int64) (cost int64) {
+	unit := s.cached.Unit()
+	for end := off + n; off < end; {
+		present, next := s.Present(off)
+		if !present {
+			cost += min(next, roundUp(end, unit, s.size)) - (off - off%unit)
+		}
+		off = next
+	}
+	return cost
+}
+
+// roundUp gives the end of the unit that ends at n or behind it, in what has so many bytes.
+func roundUp(n, unit, size int64) int64 { return n + min((unit-n%unit)%unit, size-n) }
 
 // bring has pieces fetched, in order, several at a time.
 func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
@@ -313,7 +343,7 @@ func (p *prefetcher) bringPiece(ctx context.Context, next piece) error {
 		if err := next.layer.cached.Prefetch(ctx, fits.off, fits.n); err != nil {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			p.spent -= cost
+			p.spent -= min(cost, next.layer.cost(fits.off, fits.n)) // what came is paid for
 			return err
 		}
 	}
@@ -345,14 +375,16 @@ func (p *prefetcher) spend(next piece) (fits piece, cost int64) {
 		left = next.n
 	}
 	fits = next
-	for end := next.off + next.n; ; {
-		cost = next.layer.absent(next.off, fits.n)
+	unit := next.layer.cached.Unit()
+	for end := roundUp(next.off+next.n, unit, next.layer.size); ; {
+		cost = next.layer.cost(next.off, fits.n)
 		if cost <= left {
 			break
 		}
 		// What it is over was at the end, or more than that was.
 		end -= cost - left
-		fits.n = max(end-end%next.layer.cached.Unit()-next.off, 0)
+		end -= end % unit
+		fits.n = max(end-next.off, 0)
 	}
 	p.spent += cost
 	return fits, cost

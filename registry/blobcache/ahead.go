@@ -1,6 +1,10 @@
 package blobcache
 
-import "time"
+import (
+	"iter"
+	"slices"
+	"time"
+)
 
 // quiet is how long a flight may be without a byte before a reader takes a chunk that it fetches ahead away from it,
 // to wait for a flight of its own; it is also what separates the trouble that such a flight met by itself from the
@@ -40,12 +44,56 @@ func (s *store) wasRead(chunk int64) bool {
 	return (s.present.has(chunk) || s.inflight[chunk] != nil) && !s.fresh.has(chunk)
 }
 
+// maxStrays is how many reads of what is not planned have nothing guessed.
+const maxStrays = 8
+
+// A hold keeps what is planned from being guessed.
+type hold struct {
+	planned bitmap // chunks; nil: all
+	strays  int    // first reads of others
+}
+
+// HoldReadahead has nothing of the blob guessed until release is called: nothing from reads of what is planned, which are
+// ranges of so many bytes from an offset, nor from a few others. It is for who knows what will be read, and has that
+// fetched; but others may read other things meanwhile. A nil plan has all.
+func (b *Blob) HoldReadahead(planned iter.Seq2[int64, int64]) (release func()) {
+	s := b.store
+	h := new(hold)
+	if planned != nil {
+		h.planned = newBitmap(s.chunks)
+		for off, n := range planned {
+			for c := off / s.chunkSize; c < min(ceil(off+n, s.chunkSize), s.chunks); c++ {
+				h.planned.set(c)
+			}
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.holds = append(s.holds, h)
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.holds = slices.DeleteFunc(s.holds, func(other *hold) bool { return other == h })
+	}
+}
+
+// isHeld says whether nothing is to be guessed from the first read of a chunk. The caller holds s.mu.
+func (s *store) isHeld(chunk int64) (held bool) {
+	for _, h := range s.holds {
+		if h.planned != nil && !h.planned.has(chunk) {
+			h.strays++
+		}
+		held = held || h.planned == nil || h.planned.has(chunk) || h.strays <= maxStrays
+	}
+	return held
+}
+
 // readAhead puts in flight what is guessed to be read after the chunks [first, end), of which first is being read for
 // the first time. begun are the flights that bring them. What no slot is free for is left for the next time: demand
 // does not queue behind a guess, and guesses do not queue. The caller holds s.mu and starts the flights.
 func (b *Blob) readAhead(first, end int64, begun []*flight) []*flight {
 	s := b.store
-	if s.guesser.max == 0 || b.noReadahead || s.held > 0 || s.troubled || s.whole {
+	if s.guesser.max == 0 || b.noReadahead || s.isHeld(first) || s.troubled || s.whole {
 		return begun
 	}
 	cursor := s.guesser.follow(first, end)

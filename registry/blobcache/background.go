@@ -8,12 +8,16 @@ import (
 
 const (
 	// longestPause is for how long a flight of the background lets readers go first once its body is there. More would
-	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience.
+	// have servers break off, and readers in other processes, who wait for what it has locked, lose their patience. A stream
+	// does so for each prefetchPiece.
 	longestPause = 2 * time.Second
 	// prefetchPiece is the most that a flight of the background asks for, and pieceTime is how long it should take at
-	// most: a reader that comes to its last chunk waits for all of it.
+	// most: a reader that comes to its last chunk waits for all of it. As long as nobody knows how long, it is firstPiece.
 	prefetchPiece = 4 << 20
+	firstPiece    = 512 << 10
 	pieceTime     = 250 * time.Millisecond
+	// measurable is how long a body has to be to tell how fast bytes come: much of a shorter one comes with its header.
+	measurable = 128 << 10
 	// smoothness is how many reads a second a body is read in that has a rate to keep.
 	smoothness = 32
 	// campaignGap is how long after one prefetch another belongs to the same campaign.
@@ -218,6 +222,10 @@ func (g *background) spend(n int) {
 	g.next = g.next.Add(g.cost(int64(n)))
 }
 
+// inAdvance says that the rate has a chunk take longer than it may stay locked: one at a time is then waited for before
+// it is locked, and read at once.
+func (g *background) inAdvance(chunkSize int64) bool { return g.rate > 0 && g.rate < chunkSize }
+
 // portion is how much of n bytes is read at once.
 func (g *background) portion(n int) int {
 	if g.rate == 0 {
@@ -235,19 +243,24 @@ func (g *background) piece() int64 {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.speed > 0 {
-		most = min(int64(g.speed*pieceTime.Seconds()), most)
-	}
-	return most
+	return min(g.quarter(), most)
 }
 
-// took says that a body of n bytes took so long to come.
-func (g *background) took(n int64, d time.Duration) {
-	if d <= 0 {
-		return
+// quarter is how many bytes come in pieceTime. The caller holds mu.
+func (g *background) quarter() int64 {
+	if g.speed == 0 {
+		return firstPiece
 	}
+	return int64(min(g.speed*pieceTime.Seconds(), prefetchPiece))
+}
+
+// took says that a body of n bytes took so long to come, be it of the background or not.
+func (g *background) took(n int64, d time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if d <= 0 || n < min(measurable, g.quarter()) {
+		return
+	}
 	speed := float64(n) / d.Seconds()
 	if g.speed > 0 {
 		speed = (3*g.speed + speed) / 4
@@ -284,34 +297,51 @@ func (g *background) began() int64 {
 
 // mayBegin waits until f's fetch may begin. What of it readers come for meanwhile, they have fetched by themselves.
 func (f *flight) mayBegin() error {
-	g := f.blob.store.cache.background
+	s := f.blob.store
+	g := s.cache.background
 	if !f.slot {
 		if err := g.begin(f.blob.ctx, f.blob.ctx); err != nil {
 			return err
 		}
 		f.slot = true
-		return nil
 	}
 	for {
 		changed := g.watch()
 		if f.blob.ctx.Err() != nil {
 			return f.blob.ctx.Err()
 		}
-		if g.calm() {
-			return nil
+		calm, wait := g.calm(), time.Duration(0)
+		if g.inAdvance(s.chunkSize) {
+			wait = g.delay()
 		}
-		select {
-		case <-changed:
-		case <-f.blob.ctx.Done():
+		switch {
+		case calm && wait <= 0:
+			return nil
+		case calm:
+			f.sleep(wait, changed)
+		default:
+			select {
+			case <-changed:
+			case <-f.blob.ctx.Done():
+			}
 		}
 	}
+}
+
+// delay is how long the rate has f wait.
+func (f *flight) delay() time.Duration {
+	g := f.blob.store.cache.background
+	if f.ranged && f.end == f.first+1 && g.inAdvance(f.blob.store.chunkSize) {
+		return 0 // it has waited; a stream has not
+	}
+	return g.delay()
 }
 
 // mayRead waits until f may read on in its body: while somebody waits for what f is to bring, at once, and then the
 // bytes are not of the background any more.
 func (f *flight) mayRead() (promoted bool, err error) {
 	g := f.blob.store.cache.background
-	if g.idle() && g.delay() <= 0 {
+	if g.idle() && f.delay() <= 0 {
 		g.favor(f, false)
 		return false, nil
 	}
@@ -330,7 +360,7 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		if promoted {
 			return true, nil
 		}
-		wait := g.delay()
+		wait := f.delay()
 		free := g.free()
 		if !free && f.rested < longestPause {
 			wait = max(wait, longestPause-f.rested)
@@ -344,6 +374,16 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		if !free {
 			f.rested += time.Since(began)
 		}
+	}
+}
+
+// tire has a stream, which is as long as the blob, let others go first anew after each piece of it.
+func (f *flight) tire(n int) {
+	if !f.stream {
+		return
+	}
+	if f.tired += int64(n); f.tired >= prefetchPiece {
+		f.tired, f.rested = 0, 0
 	}
 }
 
@@ -364,7 +404,7 @@ func (f *flight) promoted() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, pend := range s.inflight {
-		if pend.flight == f && pend.wanted {
+		if pend.flight == f && pend.wanted > 0 {
 			return true
 		}
 	}
@@ -397,5 +437,6 @@ func (r flightReader) readBehind(p []byte) (int, error) {
 	g := r.flight.blob.store.cache.background
 	n, err := r.read(p[:g.portion(len(p))])
 	g.spend(n)
+	r.flight.tire(n)
 	return n, err
 }

@@ -113,20 +113,6 @@ func (b *Blob) Present(off int64) (present bool, end int64) {
 	return s.run(s.known, off)
 }
 
-// HoldReadahead has nothing of the blob guessed until release is called. It is for who knows what will be read, and has
-// that fetched.
-func (b *Blob) HoldReadahead() (release func()) {
-	s := b.store
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.held++
-	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.held--
-	}
-}
-
 // Close ends the flights that this blob began and waits for them. Reads that wait end with os.ErrClosed.
 func (b *Blob) Close() error {
 	b.closing.Do(func() {
@@ -212,13 +198,18 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 	if err != nil {
 		return 0, err
 	}
-	if behind {
+	if behind && !b.beneath { // else it was not counted
 		defer s.cache.background.serve()()
 	}
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.unpin(first, end)
+		for _, pend := range wanted { // what is left, if the reader leaves
+			if pend != nil {
+				pend.wanted--
+			}
+		}
 	}()
 	s.cache.tick()
 	s.use(first, end)

@@ -44,18 +44,20 @@
 //	for chunks of those under way only ──────── they go on, at no limit, until the chunks are there
 //	                                            others may begin, and read until the body of one of these is there
 //
-// A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second, or than a
-// rate allows for a second. Its flights
-// have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
+// A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second (512 KiB, as
+// long as no body has shown how much that is), or than a rate allows for a second. Its flights have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
 // as they begin, what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their
 // failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes are not
-// counted; they wait for the lock of a chunk no longer than a pause and a piece take.
+// counted; they wait for the lock of a chunk no longer than a pause and a piece take. At a rate of less than a chunk a
+// second that would be long: there a flight waits before it begins, and then reads its one chunk at once. A stream of the
+// background locks a chunk only to write it.
 //
 // A pause is that nobody reads from the body: what the kernel has room for still comes, and then the server waits. A
 // Fetcher that bounds the time without progress must count only the time inside Read, as package registry does; a
 // pause is not taken for a silence of the server here, either. The most that a pause costs is that the server breaks
 // off, for which 2 s are no reason to any that we know: then the Fetcher asks for the rest, or the flight fails. A flight
-// that has paused for so long altogether goes on beside the readers, but no other one begins.
+// that has paused for so long altogether goes on beside the readers, but no other one begins. A stream pauses anew after
+// each 4 MiB.
 //
 // What is prefetched may evict only what was last used before the prefetches began: not what another one brought a
 // moment ago, nor what was read meanwhile. Where that does not do, or the disk is full, Prefetch ends with ErrNoRoom.

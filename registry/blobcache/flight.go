@@ -34,6 +34,8 @@ type flight struct {
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
 	rested time.Duration // how long it let others go first since its body came
+	stream bool          // it is, or was, the blob's stream
+	tired  int64         // bytes of a stream that came since it last let others go first for as long as it may
 	slept  time.Duration // how long it did not read its body, for that and for the rate
 	counts *atomic.Int64 // of whose cause the next bytes are; nil: of none yet
 }
@@ -91,7 +93,7 @@ func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
 			}
 			pend.flight, pend.ahead, pend.cause = run, false, Demand
 		}
-		pend.wanted = true
+		pend.wanted++
 		wanted[c-first] = pend
 		others = others || !pend.flight.background
 	}
@@ -244,7 +246,7 @@ func (f *flight) fetch() error {
 	if err := f.receive(body, start); err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: body from %d: %w", n, off, start, err)
 	}
-	if f.background && start == off && f.end == end {
+	if start == off && f.end == end {
 		s.cache.background.took(n, time.Since(began)-f.slept)
 	}
 	return nil
@@ -378,7 +380,10 @@ func (f *flight) goesOn(r *bufio.Reader) (bool, error) {
 func (s *store) makeStream(f *flight, next int64) {
 	s.whole = true
 	s.stream, s.streamNext = f, next
-	f.end = s.chunks
+	f.end, f.stream = s.chunks, true
+	if f.background {
+		f.unlock() // it may be long before it comes to what it was to bring
+	}
 	for c, pend := range s.inflight {
 		if c >= next && !pend.flight.receiving {
 			pend.flight, pend.ahead = f, false

@@ -182,17 +182,29 @@ func (f *flight) lock(chunk int64) error {
 
 // unlock lets go of the locks of f. The caller holds s.mu.
 func (f *flight) unlock() {
-	s := f.blob.store
 	for _, chunk := range f.locks {
-		if s.locks[chunk]--; s.locks[chunk] > 0 {
-			continue
-		}
-		delete(s.locks, chunk)
-		if err := s.disk.lockChunk(unix.F_UNLCK, chunk); err != nil {
-			s.cache.options.Logger.Warn("the lock of a cached chunk cannot be let go; other processes wait for it", "blob", s.digest, "offset", chunk*s.chunkSize, "err", err)
-		}
+		f.blob.store.unlock(chunk)
 	}
 	f.locks = nil
+}
+
+// unlock lets go of one lock of a flight. The caller holds s.mu.
+func (s *store) unlock(chunk int64) {
+	if s.locks[chunk]--; s.locks[chunk] > 0 {
+		return
+	}
+	delete(s.locks, chunk)
+	if err := s.disk.lockChunk(unix.F_UNLCK, chunk); err != nil {
+		s.cache.options.Logger.Warn("the lock of a cached chunk cannot be let go; other processes wait for it", "blob", s.digest, "offset", chunk*s.chunkSize, "err", err)
+	}
+}
+
+// release lets go of the lock of a chunk, if f has it. The caller holds s.mu.
+func (f *flight) release(chunk int64) {
+	if i := slices.Index(f.locks, chunk); i >= 0 {
+		f.locks = slices.Delete(f.locks, i, i+1)
+		f.blob.store.unlock(chunk)
+	}
 }
 
 // divide takes the locks of what f owes. f keeps the first run of chunks that are absent; other runs become flights of
@@ -228,6 +240,7 @@ func (f *flight) divide() error {
 	f.first, f.end = runs[0].first, runs[0].end
 	f.demanded = min(max(f.demanded, f.first), f.end)
 	f.begun = true
+	f.heard.Store(time.Now().UnixNano()) // it may have waited for its turn: that was no silence of the server
 	return nil
 }
 
@@ -279,7 +292,8 @@ func (f *flight) runs() []chunkRun {
 }
 
 // spinOff makes a run of f's chunks a flight of its own, with the locks of f, and without what nobody has asked for
-// where no slot is free for that. The caller holds s.mu.
+// where no slot is free for that. One of the background has no locks before it begins: it may wait for its turn for as
+// long as somebody reads here, and is not to have other processes wait meanwhile. The caller holds s.mu.
 func (f *flight) spinOff(run chunkRun) {
 	s := f.blob.store
 	g := f.blob.newFlight(run.first)
@@ -297,7 +311,9 @@ func (f *flight) spinOff(run chunkRun) {
 			continue
 		}
 		pend.flight = g
-		if s.locks[c] > 0 {
+		if g.background {
+			f.release(c)
+		} else if s.locks[c] > 0 {
 			s.locks[c]++
 			g.locks = append(g.locks, c)
 		}
@@ -373,7 +389,7 @@ func (f *flight) keep(chunk int64, pend *pending, data []byte) error {
 	}
 	s.mu.Lock()
 	before := anyTime
-	if f.background && !pend.wanted {
+	if f.background && pend.wanted == 0 {
 		before = s.cache.background.began()
 	}
 	err := s.lease(chunk / s.disk.perRegion)

@@ -57,7 +57,7 @@ type store struct {
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
-	held     int                // who has HoldReadahead
+	holds    []*hold            // see HoldReadahead
 	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
 	blobs    map[*Blob]struct{} // those that are open
 	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
@@ -67,7 +67,7 @@ type store struct {
 type pending struct {
 	flight *flight       // that brings it
 	ahead  bool          // nobody had asked for it when it was claimed; flight, ahead, wanted and cause are guarded by store.mu
-	wanted bool          // a reader has asked for it
+	wanted int           // readers that wait for it
 	cause  Cause         // for which it is fetched
 	done   chan struct{} // closed when the chunk is there or failed; what follows does not change after that
 	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
