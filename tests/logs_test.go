@@ -81,12 +81,6 @@ func lineOf(fun *ast.SelectorExpr, args []ast.Expr) (level string, rest []ast.Ex
 		if len(args) > 2 {
 			return "", args[2:], true
 		}
-	case "say": // of an errorLog
-		if on, selected := fun.X.(*ast.SelectorExpr); selected && on.Sel.Name == "log" {
-			return "error", args, true
-		} else if selected && on.Sel.Name == "doors" {
-			return "warn", args, true
-		}
 	}
 	return "", nil, false
 }

@@ -1,6 +1,7 @@
 package serverlog
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"slices"
@@ -12,21 +13,51 @@ import (
 // is about. Those that find no room are one kind for each level.
 const maxKinds = 256
 
+// maxEach bounds the values of a kind's lines that are told apart beyond the kind: see names.each.
+const maxEach = 32
+
 // A kind is what lines have in common that are counted together.
 type kind struct {
 	level   slog.Level
 	message string // "" are all that found no room
-	subject subject
+	names
 }
 
-// A subject is an attribute that says what a line is about.
-type subject struct{ name, value string }
+// names are the attributes that say what a line is about.
+type names struct {
+	subject attr // a blob, host, mirror or device
+	errno   attr // what came of it
+	// each is the inode or file of a request, and no part of the kind: a registry that is away fails the reads of
+	// thousands. But the first line about each of a few gets through: a fault in one is none in another.
+	each attr
+}
+
+// An attr is one of them, as text. It has no name if there is none.
+type attr struct{ name, value string }
 
 // A count is that of one kind within its window.
 type count struct {
 	begun   time.Time
 	lines   int
 	leftOut int
+	each    map[attr]struct{}
+}
+
+// pass says whether the next line gets through.
+func (c *count) pass(lines int, each attr) bool {
+	c.lines++
+	first := false
+	if _, said := c.each[each]; each.name != "" && !said && len(c.each) < maxEach {
+		if c.each == nil {
+			c.each = make(map[attr]struct{})
+		}
+		c.each[each], first = struct{}{}, true
+	}
+	if c.lines <= lines || first {
+		return true
+	}
+	c.leftOut++
+	return false
 }
 
 // A limiter counts for a handler, and all that were made of it by With.
@@ -44,13 +75,15 @@ type limiter struct {
 
 // admit says whether a line of this kind gets through.
 func (l *limiter) admit(k kind) bool {
+	each := k.each
+	k.each = attr{}
 	l.mu.Lock()
 	now := time.Now()
 	said := l.expire(k, now)
 	if _, there := l.kinds[k]; !there && len(l.kinds) >= maxKinds {
 		said = append(said, l.expireAll(now)...)
 		if len(l.kinds) >= maxKinds {
-			k = kind{level: k.level}
+			k, each = kind{level: k.level}, attr{}
 			said = append(said, l.expire(k, now)...)
 		}
 	}
@@ -59,21 +92,22 @@ func (l *limiter) admit(k kind) bool {
 		c = &count{begun: now}
 		l.kinds[k] = c
 	}
-	c.lines++
-	pass := c.lines <= l.lines
+	pass := c.pass(l.lines, each)
 	if !pass {
-		c.leftOut++
-		l.arm(c.begun.Add(l.window).Sub(now))
+		l.arm(l.end(c).Sub(now))
 	}
 	l.mu.Unlock()
 	l.say(said)
 	return pass
 }
 
+// end is when the window of a kind ends.
+func (l *limiter) end(c *count) time.Time { return c.begun.Add(l.window) }
+
 // expire forgets a kind whose window has ended, and gives the line about it if one is due. The caller holds l.mu.
 func (l *limiter) expire(k kind, now time.Time) []slog.Record {
 	c := l.kinds[k]
-	if c == nil || now.Sub(c.begun) < l.window {
+	if c == nil || now.Before(l.end(c)) {
 		return nil
 	}
 	delete(l.kinds, k)
@@ -100,8 +134,10 @@ func (k kind) leftOut(now time.Time, n int) slog.Record {
 	} else {
 		r.AddAttrs(slog.String("like", k.message))
 	}
-	if k.subject.name != "" {
-		r.AddAttrs(slog.String(k.subject.name, k.subject.value))
+	for _, a := range []attr{k.subject, k.errno} {
+		if a.name != "" {
+			r.AddAttrs(slog.String(a.name, a.value))
+		}
 	}
 	r.AddAttrs(slog.Int("left_out", n))
 	return r
@@ -159,8 +195,8 @@ func (l *limiter) close() {
 type limitHandler struct {
 	next    slog.Handler
 	limit   *limiter
-	subject subject // what all lines are about, by With
-	grouped bool    // attributes are in a group, and are no subjects
+	names   names // of all lines, by With
+	grouped bool  // attributes are in a group, and say nothing of what lines are about
 }
 
 func (h *limitHandler) Enabled(ctx context.Context, level slog.Level) bool {
@@ -168,39 +204,51 @@ func (h *limitHandler) Enabled(ctx context.Context, level slog.Level) bool {
 }
 
 func (h *limitHandler) Handle(ctx context.Context, r slog.Record) error {
-	k := kind{level: r.Level, message: clean(r.Message), subject: h.subject}
+	var own names
 	if !h.grouped {
 		r.Attrs(func(a slog.Attr) bool {
-			found, ok := subjectOf(a)
-			if ok {
-				k.subject = found
-			}
-			return !ok
+			own.note(a)
+			return true
 		})
 	}
+	k := kind{level: r.Level, message: clean(r.Message), names: own.or(h.names)}
 	if !h.limit.admit(k) {
 		return nil
 	}
 	return h.next.Handle(ctx, r)
 }
 
-// subjectOf says whether lines with this attribute are counted apart from those with another value of it.
-func subjectOf(a slog.Attr) (subject, bool) {
+// note takes an attribute that says what a line is about. The first of its sort counts.
+func (n *names) note(a slog.Attr) {
+	var to *attr
 	switch a.Key {
 	case "blob", "host", "mirror", "device":
-		return subject{a.Key, clean(a.Value.Resolve().String())}, true
+		to = &n.subject
+	case "errno":
+		to = &n.errno
+	case "nid", "file":
+		to = &n.each
+	default:
+		return
 	}
-	return subject{}, false
+	*to = cmp.Or(*to, attr{a.Key, clean(a.Value.Resolve().String())})
+}
+
+// or fills in what is missing.
+func (n names) or(more names) names {
+	return names{cmp.Or(n.subject, more.subject), cmp.Or(n.errno, more.errno), cmp.Or(n.each, more.each)}
 }
 
 func (h *limitHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	with := *h
 	with.next = h.next.WithAttrs(attrs)
+	var own names
 	for _, a := range attrs {
-		if found, ok := subjectOf(a); ok && !h.grouped {
-			with.subject = found
+		if !h.grouped {
+			own.note(a)
 		}
 	}
+	with.names = own.or(h.names)
 	return &with
 }
 

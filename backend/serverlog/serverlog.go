@@ -31,9 +31,10 @@ type Options struct {
 	JSON  bool
 	Level slog.Level
 	// Lines is how many lines of one kind get through within Window, which begins with the first of them. A kind is a
-	// level, a message, and the blob, host, mirror or device that it is about. What is left out is counted: a line says
-	// so when the window ends, or when the log is closed. Nothing is left out where Level lets debugging through: who
-	// asks for everything is to get it. 0 and 0 are the defaults.
+	// level, a message, an errno, and the blob, host, mirror or device that it is about. Beside these, the first line
+	// about each of a few inodes or files gets through. What is left out is counted: a line says so when the window ends,
+	// or when the log is closed. Nothing is left out where Level lets debugging through: who asks for everything is to
+	// get it. 0 and 0 are the defaults.
 	Lines  int
 	Window time.Duration
 }

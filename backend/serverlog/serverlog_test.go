@@ -119,6 +119,41 @@ func TestLimitNextLine(t *testing.T) {
 	})
 }
 
+// TestLimitKinds: a fault does not hide another one: what came of it tells kinds apart, and of a few inodes the first line
+// gets through whatever happened to others.
+func TestLimitKinds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b book
+		l := New(&b, Options{})
+		fail := func(nid int, errno string) { l.Error("request failed", "nid", nid, "errno", errno) }
+		var want []string
+		for nid := range 20 {
+			fail(nid, "unclean")
+			want = append(want, fmt.Sprintf(`ERROR msg="request failed" nid=%d errno=unclean`, nid))
+		}
+		fail(100, "io")
+		want = append(want, `ERROR msg="request failed" nid=100 errno=io`)
+		wantLines(t, &b, want...)
+		for range 1000 {
+			fail(100, "io")
+		}
+		if n := len(b.lines(t)); n != DefaultLines-1 {
+			t.Errorf("%d more lines of one inode", n)
+		}
+		fail(101, "io")
+		wantLines(t, &b, `ERROR msg="request failed" nid=101 errno=io`)
+		// Thousands are one fault.
+		for nid := range 5000 {
+			fail(1000+nid, "io")
+		}
+		if n := len(b.lines(t)); n != maxEach-2 {
+			t.Errorf("%d lines of thousands of inodes", n)
+		}
+		l.Close()
+		wantLines(t, &b, fmt.Sprintf(`ERROR msg="more lines like this one were left out" like="request failed" errno=io left_out=%d`, 991+5000-(maxEach-2)))
+	})
+}
+
 // TestClose: what was left out is said at the end, once, and nothing is left running.
 func TestClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
