@@ -70,6 +70,7 @@ type limiter struct {
 	mu     sync.Mutex     // guards what follows
 	kinds  map[kind]*count
 	timer  *time.Timer // set while something that was left out is to be said
+	due    time.Time   // when it fires
 	closed bool
 }
 
@@ -94,7 +95,7 @@ func (l *limiter) admit(k kind) bool {
 	}
 	pass := c.pass(l.lines, each)
 	if !pass {
-		l.arm(l.end(c).Sub(now))
+		l.arm(l.end(c), now)
 	}
 	l.mu.Unlock()
 	l.say(said)
@@ -114,7 +115,7 @@ func (l *limiter) expire(k kind, now time.Time) []slog.Record {
 	if c.leftOut == 0 {
 		return nil
 	}
-	return []slog.Record{k.leftOut(now, c.leftOut)}
+	return []slog.Record{k.leftOut(c.leftOut)}
 }
 
 // expireAll is expire for every kind. The caller holds l.mu.
@@ -127,8 +128,8 @@ func (l *limiter) expireAll(now time.Time) (said []slog.Record) {
 }
 
 // leftOut is the line that says how many lines of this kind there are not.
-func (k kind) leftOut(now time.Time, n int) slog.Record {
-	r := slog.NewRecord(now, k.level, "more lines like this one were left out", 0)
+func (k kind) leftOut(n int) slog.Record {
+	r := slog.NewRecord(time.Now(), k.level, "more lines like this one were left out", 0)
 	if k.message == "" {
 		r.Message = "more lines of many kinds were left out"
 	} else {
@@ -150,30 +151,35 @@ func (l *limiter) say(lines []slog.Record) {
 	}
 }
 
-// arm has what is left out said when its window ends. The caller holds l.mu.
-func (l *limiter) arm(in time.Duration) {
-	if l.timer != nil || l.closed {
+// arm has what is left out said when the first window ends in which something was. The caller holds l.mu.
+func (l *limiter) arm(due, now time.Time) {
+	if l.closed || l.timer != nil && !due.Before(l.due) {
 		return
 	}
+	if l.timer != nil && l.timer.Stop() {
+		l.firing.Done()
+	}
 	l.firing.Add(1)
-	l.timer = time.AfterFunc(in, func() {
-		defer l.firing.Done()
-		l.mu.Lock()
-		now := time.Now()
+	l.due = due
+	l.timer = time.AfterFunc(due.Sub(now), l.fire)
+}
+
+// fire is the timer's function. One that could not be stopped in time finds nothing that is due.
+func (l *limiter) fire() {
+	defer l.firing.Done()
+	l.mu.Lock()
+	now := time.Now()
+	said := l.expireAll(now)
+	if l.timer != nil && !now.Before(l.due) {
 		l.timer = nil
-		said := l.expireAll(now)
-		next := time.Duration(-1)
-		for _, c := range l.kinds {
-			if left := c.begun.Add(l.window).Sub(now); c.leftOut > 0 && (next < 0 || left < next) {
-				next = left
-			}
+	}
+	for _, c := range l.kinds {
+		if c.leftOut > 0 {
+			l.arm(l.end(c), now)
 		}
-		if next >= 0 {
-			l.arm(next)
-		}
-		l.mu.Unlock()
-		l.say(said)
-	})
+	}
+	l.mu.Unlock()
+	l.say(said)
 }
 
 func (l *limiter) close() {

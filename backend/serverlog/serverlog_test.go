@@ -154,6 +154,28 @@ func TestLimitKinds(t *testing.T) {
 	})
 }
 
+// TestLimitTimer: what is left out is said when its own window ends, whichever kind's was the first to be waited for.
+func TestLimitTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b book
+		l := New(&b, Options{Lines: 1})
+		defer l.Close()
+		l.Warn("early") // its window ends first, and nothing of it is left out so far
+		time.Sleep(30 * time.Second)
+		l.Warn("late")
+		l.Warn("late") // due after 90 seconds
+		time.Sleep(20 * time.Second)
+		l.Warn("early") // due after 60
+		wantLines(t, &b, "WARN msg=early", "WARN msg=late")
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		wantLines(t, &b, `WARN msg="more lines like this one were left out" like=early left_out=1`)
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		wantLines(t, &b, `WARN msg="more lines like this one were left out" like=late left_out=1`)
+	})
+}
+
 // TestClose: what was left out is said at the end, once, and nothing is left running.
 func TestClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -164,6 +186,11 @@ func TestClose(t *testing.T) {
 		}
 		l.Close()
 		l.Close()
+		for _, w := range b.writes {
+			if now := "time=" + time.Now().Format("2006-01-02T15:04:05.000Z07:00") + " "; !strings.HasPrefix(w, now) {
+				t.Errorf("%q is not of %s", w, now)
+			}
+		}
 		wantLines(t, &b, "ERROR msg=lost host=h:1", `ERROR msg="more lines like this one were left out" like=lost host=h:1 left_out=7`)
 		l.Error("after all", "host", "h:1")
 		wantLines(t, &b, `ERROR msg="after all" host=h:1`)
