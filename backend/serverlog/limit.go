@@ -16,6 +16,9 @@ const maxKinds = 256
 // maxEach bounds the values of a kind's lines that are told apart beyond the kind: see names.each.
 const maxEach = 32
 
+// longest is the longest window of a kind that goes on, in first ones.
+const longest = 60
+
 // A kind is what lines have in common that are counted together.
 type kind struct {
 	level   slog.Level
@@ -35,16 +38,19 @@ type names struct {
 // An attr is one of them, as text. It has no name if there is none.
 type attr struct{ name, value string }
 
-// A count is that of one kind within its window.
+// A count is that of one kind from its first line until none came for the length of a window.
 type count struct {
-	begun   time.Time
-	lines   int
+	begun   time.Time // the window
+	length  time.Duration
+	last    time.Time // a line
+	lines   int       // within the window
 	leftOut int
 	each    map[attr]struct{}
 }
 
 // pass says whether the next line gets through.
-func (c *count) pass(lines int, each attr) bool {
+func (c *count) pass(now time.Time, lines int, each attr) bool {
+	c.last = now
 	c.lines++
 	first := false
 	if _, said := c.each[each]; each.name != "" && !said && len(c.each) < maxEach {
@@ -61,10 +67,14 @@ func (c *count) pass(lines int, each attr) bool {
 }
 
 // A limiter counts for a handler, and all that were made of it by With.
+//
+// A kind's lines get through in windows: the first few of each. While it goes on, each window is twice as long as the one
+// before it, up to a limit, so that a fault of a night does not fill the log. When no line came for as long as the first
+// window is, it is over: what comes then is something new, and gets through as the first lines did.
 type limiter struct {
 	lines  int
-	window time.Duration
-	root   slog.Handler // for lines of its own
+	window time.Duration // the first one
+	root   slog.Handler  // for lines of its own
 
 	firing sync.WaitGroup // the timer's function; Add under mu
 	mu     sync.Mutex     // guards what follows
@@ -90,10 +100,10 @@ func (l *limiter) admit(k kind) bool {
 	}
 	c := l.kinds[k]
 	if c == nil {
-		c = &count{begun: now}
+		c = &count{begun: now, length: l.window}
 		l.kinds[k] = c
 	}
-	pass := c.pass(l.lines, each)
+	pass := c.pass(now, l.lines, each)
 	if !pass {
 		l.arm(l.end(c), now)
 	}
@@ -102,20 +112,32 @@ func (l *limiter) admit(k kind) bool {
 	return pass
 }
 
-// end is when the window of a kind ends.
-func (l *limiter) end(c *count) time.Time { return c.begun.Add(l.window) }
+// end is when the window of a kind ends, if no more lines come.
+func (l *limiter) end(c *count) time.Time {
+	end, quiet := c.begun.Add(c.length), c.last.Add(l.window)
+	if quiet.Before(end) {
+		return quiet
+	}
+	return end
+}
 
-// expire forgets a kind whose window has ended, and gives the line about it if one is due. The caller holds l.mu.
+// expire begins another window of a kind whose window has ended, or forgets it if it is over, and gives the line about
+// it if one is due. The caller holds l.mu.
 func (l *limiter) expire(k kind, now time.Time) []slog.Record {
 	c := l.kinds[k]
 	if c == nil || now.Before(l.end(c)) {
 		return nil
 	}
-	delete(l.kinds, k)
-	if c.leftOut == 0 {
+	n := c.leftOut
+	if now.Sub(c.last) >= l.window {
+		delete(l.kinds, k)
+	} else {
+		c.begun, c.length, c.lines, c.leftOut = now, min(2*c.length, longest*l.window), 0, 0
+	}
+	if n == 0 {
 		return nil
 	}
-	return []slog.Record{k.leftOut(c.leftOut)}
+	return []slog.Record{k.leftOut(n)}
 }
 
 // expireAll is expire for every kind. The caller holds l.mu.
@@ -192,7 +214,7 @@ func (l *limiter) close() {
 	l.mu.Unlock()
 	l.firing.Wait()
 	l.mu.Lock()
-	said := l.expireAll(time.Now().Add(l.window))
+	said := l.expireAll(time.Now().Add(longest * l.window))
 	l.mu.Unlock()
 	l.say(said)
 }

@@ -2,7 +2,7 @@
 // that a log needs which a server writes for weeks about machines that are not its own.
 //
 //	record → limit → level, format → writer
-//	           └ ten lines of a kind a minute; the others are counted, and the count is said
+//	           └ ten lines of a kind a minute, fewer while it goes on; the others are counted, and the count is said
 //
 // A registry that is down under a thousand readers is one fact and not a thousand: see Options.Lines. What servers and
 // images say is put on one line, without control characters and at a bounded length, in both formats: a log is read on
@@ -32,7 +32,8 @@ type Options struct {
 	Level slog.Level
 	// Lines is how many lines of one kind get through within Window, which begins with the first of them. A kind is a
 	// level, a message, an errno, and the blob, host, mirror or device that it is about. Beside these, the first line
-	// about each of a few inodes or files gets through. What is left out is counted: a line says so when the window ends,
+	// about each of a few inodes or files gets through. While a kind goes on, each window is twice as long as the one
+	// before it, up to 60 of the first; it is over when no line came for as long as that. What is left out is counted: a line says so when the window ends,
 	// or when the log is closed. Nothing is left out where Level lets debugging through: who asks for everything is to
 	// get it. 0 and 0 are the defaults.
 	Lines  int

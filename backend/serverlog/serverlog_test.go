@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -151,6 +152,54 @@ func TestLimitKinds(t *testing.T) {
 		}
 		l.Close()
 		wantLines(t, &b, fmt.Sprintf(`ERROR msg="more lines like this one were left out" like="request failed" errno=io left_out=%d`, 991+5000-(maxEach-2)))
+	})
+}
+
+// TestLongFault: what goes on for a night is told ever more seldom, all of it is counted, and when it is over that is said,
+// and what comes then is something new.
+func TestLongFault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b book
+		l := New(&b, Options{})
+		defer l.Close()
+		const night = 8 * time.Hour
+		told, counted, counts := 0, 0, 0
+		count := func() {
+			for _, line := range b.lines(t) {
+				if _, n, ok := strings.Cut(line, " left_out="); ok {
+					number, err := strconv.Atoi(n)
+					if err != nil {
+						t.Fatal(err)
+					}
+					counted, counts = counted+number, counts+1
+				} else {
+					told++
+				}
+			}
+		}
+		for range int(night / time.Second) {
+			l.Error("request failed", "nid", 7, "errno", "io")
+			time.Sleep(time.Second)
+		}
+		count()
+		// Windows begin after 0, 1, 3, 7, 15, 31, 63, 123, 183, 243, 303, 363 and 423 minutes.
+		if told != 13*DefaultLines || counts != 12 {
+			t.Errorf("%d lines in a night, and %d counts", told, counts)
+		}
+		time.Sleep(DefaultWindow - time.Second)
+		synctest.Wait()
+		if count(); told+counted != int(night/time.Second) || counts != 13 {
+			t.Errorf("a minute after it is over: %d lines told, %d counted, in %d counts", told, counted, counts)
+		}
+		for i := range 12 {
+			l.Error("request failed", "nid", 7, "errno", "io", "again", i)
+		}
+		if n := len(b.lines(t)); n != DefaultLines {
+			t.Errorf("of the next fault %d lines get through", n)
+		}
+		time.Sleep(DefaultWindow)
+		synctest.Wait()
+		wantLines(t, &b, `ERROR msg="more lines like this one were left out" like="request failed" errno=io left_out=2`)
 	})
 }
 
