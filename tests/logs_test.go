@@ -117,6 +117,10 @@ func TestLogsAreDocumented(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(doc), -1) {
 		vocabulary = append(vocabulary, row[1])
 	}
+	// A row after an empty line is not of a table any more.
+	for _, torn := range regexp.MustCompile("(?m)^\\|.*\n\n\\|.*$").FindAllString(string(doc), -1) {
+		t.Errorf("docs/logs.md: an empty line within a table: %q", torn)
+	}
 	lines, names := logCalls(t)
 	if len(lines) < 30 || len(names) < 10 {
 		t.Fatalf("only %d lines and %d attributes were found", len(lines), len(names))
