@@ -117,7 +117,7 @@ func tidy(_ []string, a slog.Attr) slog.Attr {
 	case slog.KindAny:
 		switch v := a.Value.Any().(type) {
 		case error:
-			a.Value = slog.StringValue(clean(v.Error()))
+			a.Value = slog.StringValue(brief(clean(v.Error())))
 		case slog.Level:
 			// The handler knows how to write it.
 		case fmt.Stringer:
@@ -150,5 +150,33 @@ func clean(s string) string {
 	}
 	return s
 }
+
+// brief cuts digests that an error names again: each who passes it on says which blob it was about.
+func brief(s string) string {
+	const whole, short = 64, 12 // hexadecimal digits
+	var out strings.Builder
+	for said := make(map[string]bool); s != ""; {
+		n := strings.IndexFunc(s, func(r rune) bool { return !isHex(r) })
+		if n < 0 {
+			n = len(s)
+		}
+		if run := s[:n]; n >= whole && said[run] {
+			out.WriteString(run[:short] + "…")
+		} else {
+			out.WriteString(run)
+			said[run] = true
+		}
+		s = s[n:]
+		next := strings.IndexFunc(s, isHex)
+		if next < 0 {
+			next = len(s)
+		}
+		out.WriteString(s[:next])
+		s = s[next:]
+	}
+	return out.String()
+}
+
+func isHex(r rune) bool { return '0' <= r && r <= '9' || 'a' <= r && r <= 'f' }
 
 func unfit(r rune) bool { return r != ' ' && !unicode.IsPrint(r) }

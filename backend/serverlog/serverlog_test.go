@@ -330,6 +330,7 @@ func TestParallel(t *testing.T) {
 
 // TestTidy: text of others is one line of printable characters and bounded, in both formats.
 func TestTidy(t *testing.T) {
+	digest, other := strings.Repeat("0123456789abcdef", 4), strings.Repeat("0123456789abcdee", 4)
 	hostile := "a\x1b[31m\u009b2J\u202eb\r\nc\x00" + string([]byte{0xff})
 	for _, c := range []struct {
 		value any
@@ -341,6 +342,7 @@ func TestTidy(t *testing.T) {
 		{errors.Join(errors.New("one"), errors.New("two")), "one; two"},
 		{errors.New(hostile), "a\ufffd[31m\ufffd2J\ufffdb ; c\ufffd\ufffd"},
 		{strings.Repeat("x", maxText+1), strings.Repeat("x", maxText) + "..."},
+		{fmt.Errorf("read %s: blob sha256:%s bytes 1+2: abc %s", digest, digest, other), fmt.Sprintf("read %s: blob sha256:%s… bytes 1+2: abc %s", digest, digest[:12], other)},
 		{90 * time.Second, "1m30s"},
 		{1234567891 * time.Nanosecond, "1.235s"},
 		{1500 * time.Microsecond, "1.5ms"},
