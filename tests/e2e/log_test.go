@@ -91,6 +91,7 @@ func TestLogOfDeadRegistry(t *testing.T) {
 func TestLogOfABurst(t *testing.T) {
 	im, s := served(t)
 	dir := s.mount(im.ref)
+	digest, _ := s.layer(im.ref)
 	names := []string{bigFile, "small/0/1000"}
 	for _, name := range names {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
@@ -132,6 +133,11 @@ func TestLogOfABurst(t *testing.T) {
 		failed := ofMessage(lines, "request failed")
 		if len(failed) < c.lines || len(failed) > c.most {
 			t.Errorf("level %s: %d requests failed: %s", c.level, len(failed), log)
+		}
+		for _, l := range failed {
+			if said := l["err"].(string); strings.Count(said, digest) != 1 || strings.Contains(said, "fetch 262144 bytes") {
+				t.Errorf("level %s: said twice: %s", c.level, said)
+			}
 		}
 		if first, last := failed[0]["nid"], failed[len(failed)-1]["nid"]; first == last {
 			t.Errorf("level %s: nothing of the other file: %s", c.level, log)
