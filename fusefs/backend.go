@@ -84,7 +84,7 @@ func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o b
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(dev))
 	}
-	log := logger(o)
+	log := orNone(o.Log)
 	life, end := context.WithCancel(context.Background())
 	fsys := newFileSystem(life, im, log)
 	fsys.trusted, fsys.device = initial, id
@@ -142,13 +142,6 @@ func serve(fsys fuse.RawFileSystem, dev int, log *slog.Logger, acl bool, end fun
 		server.Serve()
 	}()
 	return served, nil
-}
-
-func logger(o backend.Options) *slog.Logger {
-	if o.Log == nil {
-		return slog.New(slog.DiscardHandler)
-	}
-	return o.Log
 }
 
 func (m *mount) Wait() error {

@@ -34,7 +34,7 @@ type blobFiles struct {
 	// ctx is the life of the mount.
 	ctx     context.Context
 	sources []backend.Source
-	errs    *errorLog
+	log     *slog.Logger
 	// whole says that no block of the image lies across the end of a source. Then
 	// what a page holds past it is nobody's.
 	whole bool
@@ -52,7 +52,7 @@ func newBlobFiles(ctx context.Context, v backend.Volume, whole bool, log *slog.L
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		ctx:           ctx,
 		sources:       append([]backend.Source{v.Primary}, v.Devices...),
-		errs:          newErrorLog(log),
+		log:           orNone(log),
 		whole:         whole,
 	}
 }
@@ -157,7 +157,7 @@ func (f *blobFiles) limit(in *fuse.ReadIn, s backend.Source) uint64 {
 // fail makes EIO of every error: a source knows of no other.
 func (f *blobFiles) fail(in *fuse.ReadIn, err error) fuse.Status {
 	if f.ctx.Err() == nil || !errors.Is(err, context.Canceled) {
-		f.errs.say("read", syscall.EIO, err, "file", blobName(int(in.NodeId-firstBlob)), "offset", in.Offset, "bytes", in.Size)
+		logFailure(f.log, "read", syscall.EIO, err, "file", blobName(int(in.NodeId-firstBlob)), "offset", in.Offset, "bytes", in.Size)
 	}
 	return fuse.EIO
 }

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -47,44 +45,21 @@ func (f *fileSystem) fail(op string, node uint64, err error, where ...any) fuse.
 	case errors.Is(err, context.Canceled) && f.ctx.Err() != nil:
 		// The mount ends; nobody waits for the reason.
 	default:
-		f.errs.say(op, syscall.Errno(st), err, append([]any{"nid", uint64(f.ids.nid(node))}, where...)...)
+		logFailure(f.log, op, syscall.Errno(st), err, append([]any{"nid", uint64(f.ids.nid(node))}, where...)...)
 	}
 	return st
 }
 
-// errorLog writes one line for a failed request, and no more than one a second:
-// a dead registry under a thousand readers is one fact, not a thousand.
-type errorLog struct {
-	log *slog.Logger
-
-	mu      sync.Mutex // guards what follows
-	last    time.Time
-	dropped int
-}
-
-const errorLogPause = time.Second
-
-func newErrorLog(log *slog.Logger) *errorLog {
+// orNone discards lines where nobody gave a log.
+func orNone(log *slog.Logger) *slog.Logger {
 	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+		return slog.New(slog.DiscardHandler)
 	}
-	return &errorLog{log: log}
+	return log
 }
 
-func (l *errorLog) say(op string, errno syscall.Errno, err error, where ...any) {
-	l.mu.Lock()
-	now := time.Now()
-	if now.Sub(l.last) < errorLogPause {
-		l.dropped++
-		l.mu.Unlock()
-		return
-	}
-	dropped := l.dropped
-	l.last, l.dropped = now, 0
-	l.mu.Unlock()
+// logFailure writes the line about a request that failed. How many of them there are is for the log to decide.
+func logFailure(log *slog.Logger, op string, errno syscall.Errno, err error, where ...any) {
 	args := append([]any{"op", op}, where...)
-	if args = append(args, "errno", errno.Error(), "err", err); dropped > 0 {
-		args = append(args, "left_out", dropped)
-	}
-	l.log.Error("request failed", args...)
+	log.Error("request failed", append(args, "errno", errno.Error(), "err", err)...)
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
+	"github.com/erofs-oci/erofs-oci/backend/serverlog"
 	"github.com/erofs-oci/erofs-oci/erofsfmt"
 )
 
@@ -39,24 +40,29 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// TestErrorLog: what an errno cannot say is logged, a flood is not.
-func TestErrorLog(t *testing.T) {
-	var out bytes.Buffer
-	l := newErrorLog(slog.New(slog.NewTextHandler(&out, nil)))
-	for i := range 1000 {
-		l.say("read", syscall.EIO, fmt.Errorf("reason %d", i), "nid", 5)
-	}
-	if n := strings.Count(out.String(), "\n"); n != 1 {
-		t.Fatalf("%d lines for a flood:\n%s", n, out.String())
-	}
-	for _, want := range []string{"reason 0", "op=read", "nid=5", "input/output error"} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("%q is not in %q", want, out.String())
+// TestFailureLog: what an errno cannot say is in the log, each time where all is asked for; a flood is not, but counted.
+func TestFailureLog(t *testing.T) {
+	for _, c := range []struct {
+		level             slog.Level
+		lines, last, said int
+	}{{slog.LevelWarn, serverlog.DefaultLines + 1, 1000 - serverlog.DefaultLines, 1}, {slog.LevelDebug, 1000, 0, 0}} {
+		var out bytes.Buffer
+		log := serverlog.New(&out, serverlog.Options{Level: c.level})
+		for i := range 1000 {
+			logFailure(log.Logger, "read", syscall.EIO, fmt.Errorf("reason %d.", i), "nid", 5)
 		}
-	}
-	l.last = l.last.Add(-2 * errorLogPause)
-	l.say("read", syscall.EIO, errors.New("later"), "nid", 5)
-	if !strings.Contains(out.String(), "left_out=999") {
-		t.Errorf("the dropped lines are not counted: %q", out.String())
+		log.Close()
+		if n := strings.Count(out.String(), "\n"); n != c.lines {
+			t.Errorf("at %v %d lines for a flood:\n%.2000s", c.level, n, out.String())
+		}
+		if n := strings.Count(out.String(), fmt.Sprintf("left_out=%d\n", c.last)); n != c.said {
+			t.Errorf("at %v the lines that are left out are said %d times: %q", c.level, n, out.String())
+		}
+		first, _, _ := strings.Cut(out.String(), "\n")
+		for _, want := range []string{"level=ERROR", `msg="request failed"`, "reason 0.", "op=read", "nid=5", "input/output error"} {
+			if !strings.Contains(first, want) {
+				t.Errorf("%q is not in %q", want, first)
+			}
+		}
 	}
 }

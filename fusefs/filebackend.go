@@ -69,7 +69,7 @@ func (b FileBackend) Mount(ctx context.Context, v backend.Volume, target string,
 		files.end()
 		return nil, err
 	}
-	return &mount{target: target, device: id, log: logger(o), done: files.done}, nil
+	return &mount{target: target, device: id, log: orNone(o.Log), done: files.done}, nil
 }
 
 // CheckVolume has our own reader look at an image that the kernel will read, since
@@ -133,7 +133,7 @@ func serveBlobs(v backend.Volume, whole bool, o backend.Options) (*servedBlobs, 
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(dev))
 	}
-	log := logger(o)
+	log := orNone(o.Log)
 	life, end := context.WithCancel(context.Background())
 	done, err := serve(newBlobFiles(life, v, whole, log), dev, log, true, end)
 	if err != nil {

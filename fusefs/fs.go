@@ -51,11 +51,11 @@ const capNoOpendir = 1 << 24
 type fileSystem struct {
 	fuse.RawFileSystem
 	// ctx is the life of the mount.
-	ctx  context.Context
-	im   *erofsfmt.Image
-	sb   erofsfmt.Superblock
-	ids  nodeIDs
-	errs *errorLog
+	ctx context.Context
+	im  *erofsfmt.Image
+	sb  erofsfmt.Superblock
+	ids nodeIDs
+	log *slog.Logger
 	// device is the mount.
 	device backend.Device
 	// streams is set by Init if the kernel does not read far enough ahead.
@@ -78,7 +78,7 @@ func newFileSystem(ctx context.Context, im *erofsfmt.Image, log *slog.Logger) *f
 		im:            im,
 		sb:            im.Super(),
 		ids:           nodeIDs{root: im.Root()},
-		errs:          newErrorLog(log),
+		log:           orNone(log),
 	}
 }
 

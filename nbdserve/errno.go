@@ -1,11 +1,7 @@
 package nbdserve
 
 import (
-	"context"
 	"errors"
-	"log/slog"
-	"sync"
-	"time"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 )
@@ -33,34 +29,4 @@ func replyError(err error) (code uint32, text error) {
 		return protocol.TRANSMISSION_ERROR_EINVAL, err
 	}
 	return errorEIO, errCannotServe
-}
-
-// errorLog writes one line for a failed request or a client that was dropped, and
-// no more than one a second: a dead registry under a thousand reads is one fact.
-type errorLog struct {
-	log   *slog.Logger
-	level slog.Level
-
-	mu      sync.Mutex // guards what follows
-	last    time.Time
-	dropped int
-}
-
-const errorLogPause = time.Second
-
-func (l *errorLog) say(message string, args ...any) {
-	l.mu.Lock()
-	now := time.Now()
-	if !l.last.IsZero() && now.Sub(l.last) < errorLogPause {
-		l.dropped++
-		l.mu.Unlock()
-		return
-	}
-	dropped := l.dropped
-	l.last, l.dropped = now, 0
-	l.mu.Unlock()
-	if dropped > 0 {
-		args = append(args, "left_out", dropped)
-	}
-	l.log.Log(context.Background(), l.level, message, args...)
 }

@@ -92,8 +92,6 @@ type Server struct {
 	present  presence
 	buffers  bufferPool
 	large    *budget
-	log      errorLog // of requests
-	doors    errorLog // of clients that come and go: whoever knocks all day does not hide the others
 
 	ctx       context.Context // ends with Close
 	cancel    context.CancelCauseFunc
@@ -134,8 +132,6 @@ func NewServer(e Export, o Options) (*Server, error) {
 		o:      o,
 		size:   (size + blockSize - 1) / blockSize * blockSize,
 		large:  newBudget(largeMemory / largeShare),
-		log:    errorLog{log: o.Log, level: slog.LevelError},
-		doors:  errorLog{log: o.Log, level: slog.LevelWarn},
 
 		sessions: make(map[*session]struct{}),
 	}
@@ -232,7 +228,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) (err error) {
 		case err != nil:
 			// No descriptors, no memory: this passes, and the connections that there are go on.
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			s.doors.say("a client cannot be let in; that is tried again", "err", err)
+			s.o.Log.Warn("a client cannot be let in; that is tried again", "err", err)
 			s.await(ctx, pause)
 		default:
 			pause = 0
@@ -259,7 +255,7 @@ func (s *Server) welcome(ctx context.Context, conn net.Conn, clients *sync.WaitG
 		err := c.serve()
 		s.dismiss(c)
 		if err != nil && ctx.Err() == nil {
-			s.doors.say("client dropped", "client", conn.RemoteAddr().String(), "err", err)
+			s.o.Log.Warn("client dropped", "client", conn.RemoteAddr().String(), "err", err)
 		}
 	})
 }

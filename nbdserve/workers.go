@@ -3,6 +3,7 @@ package nbdserve
 import (
 	"context"
 	"errors"
+	"syscall"
 	"time"
 )
 
@@ -106,8 +107,8 @@ func (c *session) fail(q request, why error) {
 		return // nobody waits for it
 	}
 	c.s.failed.Add(1)
-	c.s.log.say("request failed", "offset", q.offset, "bytes", q.length, "err", why)
 	code, text := replyError(why)
+	c.s.o.Log.Error("request failed", "offset", q.offset, "bytes", q.length, "errno", syscall.Errno(code).Error(), "err", why)
 	var reply [maxPlainReply]byte
 	_ = c.send(reply[:c.dialect.putError(reply[:], q, code, text.Error())]) // which ends the session if it fails
 }

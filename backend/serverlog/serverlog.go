@@ -2,7 +2,7 @@
 // that a log needs which a server writes for weeks about machines that are not its own.
 //
 //	record → limit → level, format → writer
-//	           └ ten lines of a kind a minute; the others are counted, and the count is said
+//	           └ ten lines of a kind a minute, fewer while it goes on; the others are counted, and the count is said
 //
 // A registry that is down under a thousand readers is one fact and not a thousand: see Options.Lines. What servers and
 // images say is put on one line, without control characters and at a bounded length, in both formats: a log is read on
@@ -31,9 +31,11 @@ type Options struct {
 	JSON  bool
 	Level slog.Level
 	// Lines is how many lines of one kind get through within Window, which begins with the first of them. A kind is a
-	// level, a message, and the blob, host, mirror or device that it is about. What is left out is counted: a line says
-	// so when the window ends, or when the log is closed. Nothing is left out where Level lets debugging through: who
-	// asks for everything is to get it. 0 and 0 are the defaults.
+	// level, a message, an errno, and the blob, host, mirror or device that it is about. Beside these, the first line
+	// about each of a few inodes or files gets through. While a kind goes on, each window is twice as long as the one
+	// before it, up to 60 of the first; it is over when no line came within Window. What is left out is counted: a line says so when the window ends,
+	// or when the log is closed. Nothing is left out where Level lets debugging through: who asks for everything is to
+	// get it. 0 and 0 are the defaults.
 	Lines  int
 	Window time.Duration
 }
@@ -115,7 +117,7 @@ func tidy(_ []string, a slog.Attr) slog.Attr {
 	case slog.KindAny:
 		switch v := a.Value.Any().(type) {
 		case error:
-			a.Value = slog.StringValue(clean(v.Error()))
+			a.Value = slog.StringValue(brief(clean(v.Error())))
 		case slog.Level:
 			// The handler knows how to write it.
 		case fmt.Stringer:
@@ -148,5 +150,33 @@ func clean(s string) string {
 	}
 	return s
 }
+
+// brief cuts digests that an error names again: each who passes it on says which blob it was about.
+func brief(s string) string {
+	const whole, short = 64, 12 // hexadecimal digits
+	var out strings.Builder
+	for said := make(map[string]bool); s != ""; {
+		n := strings.IndexFunc(s, func(r rune) bool { return !isHex(r) })
+		if n < 0 {
+			n = len(s)
+		}
+		if run := s[:n]; n >= whole && said[run] {
+			out.WriteString(run[:short] + "…")
+		} else {
+			out.WriteString(run)
+			said[run] = true
+		}
+		s = s[n:]
+		next := strings.IndexFunc(s, isHex)
+		if next < 0 {
+			next = len(s)
+		}
+		out.WriteString(s[:next])
+		s = s[next:]
+	}
+	return out.String()
+}
+
+func isHex(r rune) bool { return '0' <= r && r <= '9' || 'a' <= r && r <= 'f' }
 
 func unfit(r rune) bool { return r != ' ' && !unicode.IsPrint(r) }

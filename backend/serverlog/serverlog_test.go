@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -119,6 +120,111 @@ func TestLimitNextLine(t *testing.T) {
 	})
 }
 
+// TestLimitKinds: a fault does not hide another one: what came of it tells kinds apart, and of a few inodes the first line
+// gets through whatever happened to others.
+func TestLimitKinds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b book
+		l := New(&b, Options{})
+		fail := func(nid int, errno string) { l.Error("request failed", "nid", nid, "errno", errno) }
+		var want []string
+		for nid := range 20 {
+			fail(nid, "unclean")
+			want = append(want, fmt.Sprintf(`ERROR msg="request failed" nid=%d errno=unclean`, nid))
+		}
+		fail(100, "io")
+		want = append(want, `ERROR msg="request failed" nid=100 errno=io`)
+		wantLines(t, &b, want...)
+		for range 1000 {
+			fail(100, "io")
+		}
+		if n := len(b.lines(t)); n != DefaultLines-1 {
+			t.Errorf("%d more lines of one inode", n)
+		}
+		fail(101, "io")
+		wantLines(t, &b, `ERROR msg="request failed" nid=101 errno=io`)
+		// Thousands are one fault.
+		for nid := range 5000 {
+			fail(1000+nid, "io")
+		}
+		if n := len(b.lines(t)); n != maxEach-2 {
+			t.Errorf("%d lines of thousands of inodes", n)
+		}
+		l.Close()
+		wantLines(t, &b, fmt.Sprintf(`ERROR msg="more lines like this one were left out" like="request failed" errno=io left_out=%d`, 991+5000-(maxEach-2)))
+	})
+}
+
+// TestLongFault: what goes on for a night is told ever more seldom, all of it is counted, and when it is over that is said,
+// and what comes then is something new.
+func TestLongFault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b book
+		l := New(&b, Options{})
+		defer l.Close()
+		const night = 8 * time.Hour
+		told, counted, counts := 0, 0, 0
+		count := func() {
+			for _, line := range b.lines(t) {
+				if _, n, ok := strings.Cut(line, " left_out="); ok {
+					number, err := strconv.Atoi(n)
+					if err != nil {
+						t.Fatal(err)
+					}
+					counted, counts = counted+number, counts+1
+				} else {
+					told++
+				}
+			}
+		}
+		for range int(night / time.Second) {
+			l.Error("request failed", "nid", 7, "errno", "io")
+			time.Sleep(time.Second)
+		}
+		count()
+		// Windows begin after 0, 1, 3, 7, 15, 31, 63, 123, 183, 243, 303, 363 and 423 minutes.
+		if told != 13*DefaultLines || counts != 12 {
+			t.Errorf("%d lines in a night, and %d counts", told, counts)
+		}
+		time.Sleep(DefaultWindow - time.Second)
+		synctest.Wait()
+		if count(); told+counted != int(night/time.Second) || counts != 13 {
+			t.Errorf("a minute after it is over: %d lines told, %d counted, in %d counts", told, counted, counts)
+		}
+		for i := range 12 {
+			l.Error("request failed", "nid", 7, "errno", "io", "again", i)
+		}
+		if n := len(b.lines(t)); n != DefaultLines {
+			t.Errorf("of the next fault %d lines get through", n)
+		}
+		time.Sleep(DefaultWindow)
+		synctest.Wait()
+		wantLines(t, &b, `ERROR msg="more lines like this one were left out" like="request failed" errno=io left_out=2`)
+	})
+}
+
+// TestLimitTimer: what is left out is said when its own window ends, whichever kind's was the first to be waited for.
+func TestLimitTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b book
+		l := New(&b, Options{Lines: 1})
+		defer l.Close()
+		l.Warn("early") // its window ends first, and nothing of it is left out so far
+		time.Sleep(30 * time.Second)
+		l.Warn("late")
+		l.Warn("late") // due after 90 seconds
+		time.Sleep(20 * time.Second)
+		l.Warn("early") // due after 60
+		wantLines(t, &b, "WARN msg=early", "WARN msg=late")
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		wantLines(t, &b, `WARN msg="more lines like this one were left out" like=early left_out=1`)
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		wantLines(t, &b, `WARN msg="more lines like this one were left out" like=late left_out=1`)
+	})
+}
+
 // TestClose: what was left out is said at the end, once, and nothing is left running.
 func TestClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -129,6 +235,11 @@ func TestClose(t *testing.T) {
 		}
 		l.Close()
 		l.Close()
+		for _, w := range b.writes {
+			if now := "time=" + time.Now().Format("2006-01-02T15:04:05.000Z07:00") + " "; !strings.HasPrefix(w, now) {
+				t.Errorf("%q is not of %s", w, now)
+			}
+		}
 		wantLines(t, &b, "ERROR msg=lost host=h:1", `ERROR msg="more lines like this one were left out" like=lost host=h:1 left_out=7`)
 		l.Error("after all", "host", "h:1")
 		wantLines(t, &b, `ERROR msg="after all" host=h:1`)
@@ -219,6 +330,7 @@ func TestParallel(t *testing.T) {
 
 // TestTidy: text of others is one line of printable characters and bounded, in both formats.
 func TestTidy(t *testing.T) {
+	digest, other := strings.Repeat("0123456789abcdef", 4), strings.Repeat("0123456789abcdee", 4)
 	hostile := "a\x1b[31m\u009b2J\u202eb\r\nc\x00" + string([]byte{0xff})
 	for _, c := range []struct {
 		value any
@@ -230,6 +342,7 @@ func TestTidy(t *testing.T) {
 		{errors.Join(errors.New("one"), errors.New("two")), "one; two"},
 		{errors.New(hostile), "a\ufffd[31m\ufffd2J\ufffdb ; c\ufffd\ufffd"},
 		{strings.Repeat("x", maxText+1), strings.Repeat("x", maxText) + "..."},
+		{fmt.Errorf("read %s: blob sha256:%s bytes 1+2: abc %s", digest, digest, other), fmt.Sprintf("read %s: blob sha256:%s… bytes 1+2: abc %s", digest, digest[:12], other)},
 		{90 * time.Second, "1m30s"},
 		{1234567891 * time.Nanosecond, "1.235s"},
 		{1500 * time.Microsecond, "1.5ms"},

@@ -233,7 +233,7 @@ func (f *flight) fetch() error {
 	defer s.cache.counters.inFlight.Add(-1)
 	body, start, total, err := b.fetcher.Fetch(f.label(), off, n)
 	if err != nil {
-		return fmt.Errorf("fetch %d bytes at %d: %w", n, off, err)
+		return err // it says of which bytes, as who waits for some of them does
 	}
 	defer body.Close()
 	if total != s.size {

@@ -86,6 +86,71 @@ func TestLogOfDeadRegistry(t *testing.T) {
 	}
 }
 
+// TestLogOfABurst: reads that fail at once are ten lines, and those that are left out are counted at the latest when the
+// server ends, a moment later; a failed read of another file is not hidden by them. At level debug all of them are there.
+func TestLogOfABurst(t *testing.T) {
+	im, s := served(t)
+	dir := s.mount(im.ref)
+	digest, _ := s.layer(im.ref)
+	names := []string{bigFile, "small/0/1000"}
+	for _, name := range names {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.must("umount", dir)
+	im.Stop()
+	fails := func(f *os.File, off int64) {
+		if _, err := f.ReadAt(make([]byte, 4096), off); !errors.Is(err, syscall.EIO) {
+			t.Errorf("%s at %d: %v", f.Name(), off, err)
+		}
+	}
+	const burst = 16
+	for _, c := range []struct {
+		level string
+		lines int // least
+		most  int
+	}{{"warn", 11, 11}, {"debug", burst + 1, 100}} {
+		r := s.serveHere(im.ref, dir, "--offline", "--backend=fuse", "--log-format=json", "--log-level="+c.level)
+		for i, name := range names {
+			f, err := os.Open(filepath.Join(dir, name))
+			must(t, err)
+			if i > 0 {
+				fails(f, 0)
+			} else {
+				for i := range int64(burst) {
+					fails(f, bigSize/2+i*chunk)
+				}
+			}
+			must(t, f.Close())
+		}
+		must(t, r.Process.Signal(syscall.SIGINT))
+		if err := r.Wait(); err != nil {
+			t.Errorf("%v: %s", err, r.stderr.String())
+		}
+		_, log, _ := strings.Cut(r.stderr.String(), "\n") // what the mount says of itself
+		lines := jsonLines(t, log)
+		failed := ofMessage(lines, "request failed")
+		if len(failed) < c.lines || len(failed) > c.most {
+			t.Errorf("level %s: %d requests failed: %s", c.level, len(failed), log)
+		}
+		for _, l := range failed {
+			if said := l["err"].(string); strings.Count(said, digest) != 1 || strings.Contains(said, "fetch 262144 bytes") {
+				t.Errorf("level %s: said twice: %s", c.level, said)
+			}
+		}
+		if first, last := failed[0]["nid"], failed[len(failed)-1]["nid"]; first == last {
+			t.Errorf("level %s: nothing of the other file: %s", c.level, log)
+		}
+		switch more := ofMessage(lines, "more lines like this one"); {
+		case c.level == "debug" && len(more) == 0:
+		case len(more) == 1 && more[0]["like"] == "request failed" && more[0]["left_out"].(float64) >= burst-10:
+		default:
+			t.Errorf("level %s: of what is left out: %v", c.level, more)
+		}
+	}
+}
+
 // TestLogLevel: the flag is stronger than the environment, a word that is not known is a mistake of the command line,
 // and a record keeps both for another server.
 func TestLogLevel(t *testing.T) {
