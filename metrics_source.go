@@ -2,6 +2,7 @@ package main
 
 import (
 	"math"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -74,7 +75,7 @@ func (c *sourceCollector) Describe(ch chan<- *prometheus.Desc) {
 // Collect is a prometheus.Collector's.
 func (c *sourceCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+		ch <- constant(d, prometheus.GaugeValue, v, labels...)
 	}
 	gauge(c.mount, 1, c.of.reference, c.src.id, c.of.backend)
 	if c.src.cache == nil {
@@ -99,10 +100,23 @@ func (c *sourceCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
+// constant is a sample with what was looked up. Labels are UTF-8, which paths of images need not be. What cannot be a
+// sample is missing, and the others are not.
+func constant(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) prometheus.Metric {
+	for i, l := range labels {
+		labels[i] = strings.ToValidUTF8(l, "\uFFFD")
+	}
+	m, err := prometheus.NewConstMetric(d, kind, v, labels...)
+	if err != nil {
+		return prometheus.NewInvalidMetric(d, err)
+	}
+	return m
+}
+
 // collectCache sends what the cache counts.
 func (c *sourceCollector) collectCache(ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, n int64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
+		ch <- constant(d, prometheus.CounterValue, float64(n), labels...)
 	}
 	s := c.src.stats()
 	counter(c.reads, s.Hits, "hit")
@@ -122,7 +136,7 @@ func (c *sourceCollector) collectCache(ch chan<- prometheus.Metric) {
 	counter(c.refused, all.Refused)
 	counter(c.damaged, all.Damaged)
 	gauge := func(d *prometheus.Desc, v float64) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v)
+		ch <- constant(d, prometheus.GaugeValue, v)
 	}
 	gauge(c.flights, float64(all.InFlight))
 	gauge(c.waiting, float64(all.Waiting))

@@ -256,6 +256,21 @@ func TestMeterWrongBytes(t *testing.T) {
 	}
 }
 
+// TestMetricsOfAnyPath: an image on this machine may have a path that is no UTF-8; and what cannot be a metric takes no
+// other with it.
+func TestMetricsOfAnyPath(t *testing.T) {
+	m, err := newMetering("", slog.New(slog.DiscardHandler))
+	must(t, err)
+	m.show(&opened{id: "size:1"}, mountLabels{"/images/\xff\xfe.erofs", "file"})
+	if n := sums(t, m)("mount_info", "reference=/images/\uFFFD.erofs", "id=size:1", "backend=file"); n != 1 {
+		t.Errorf("%v mounts: %s", n, m.text())
+	}
+	d := prometheus.NewDesc(metricsPrefix+"x", "X.", []string{"a"}, nil)
+	if err := constant(d, prometheus.GaugeValue, 1, "a", "b").Write(nil); err == nil {
+		t.Error("a label too many is written")
+	}
+}
+
 // TestMetricLabels: what somebody else chooses cannot make samples without end.
 func TestMetricLabels(t *testing.T) {
 	m, err := newMeter()
