@@ -151,7 +151,6 @@ const (
 	metricsClients  = 16 // at a time: more would take descriptors from those who read the image
 	metricsRequest  = 5 * time.Second
 	metricsAnswer   = 30 * time.Second
-	metricsIdle     = 2 * time.Minute
 	metricsHeader   = 16 << 10
 	metricsFarewell = time.Second
 )
@@ -170,9 +169,11 @@ func (m *metering) show(src *opened, of mountLabels) {
 	})))
 	m.http = &http.Server{
 		Handler: mux, ReadHeaderTimeout: metricsRequest, ReadTimeout: metricsRequest, WriteTimeout: metricsAnswer,
-		IdleTimeout: metricsIdle, MaxHeaderBytes: metricsHeader,
-		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelDebug), // what clients do wrong
+		MaxHeaderBytes: metricsHeader,
+		ErrorLog:       slog.NewLogLogger(m.log.Handler(), slog.LevelDebug), // what clients do wrong
 	}
+	// There are few places: nobody keeps one until the next time.
+	m.http.SetKeepAlivesEnabled(false)
 	few := &fewConns{Listener: m.listener, slots: make(chan struct{}, metricsClients), closed: make(chan struct{})}
 	m.serving.Go(func() {
 		if err := m.http.Serve(few); !errors.Is(err, http.ErrServerClosed) {

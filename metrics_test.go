@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -387,6 +388,35 @@ func TestMetricsSlots(t *testing.T) {
 		must(t, err)
 	case <-time.After(20 * time.Second):
 		t.Fatal("not served")
+	}
+}
+
+// TestMetricsIdle: those who were answered and stay connected are in nobody's way.
+func TestMetricsIdle(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "metrics")
+	metered(t, addr)
+	for range metricsClients {
+		conn, err := net.Dial("unix", strings.TrimPrefix(addr, "unix:"))
+		must(t, err)
+		defer conn.Close()
+		_, err = io.WriteString(conn, "GET /metrics HTTP/1.1\r\nHost: metrics\r\n\r\n")
+		must(t, err)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		must(t, err)
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("status %d, %v", resp.StatusCode, err)
+		}
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := ask(addr, "/metrics")
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		must(t, err)
+	case <-time.After(20 * time.Second):
+		t.Error("who comes next is not answered")
 	}
 }
 
