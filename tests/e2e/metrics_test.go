@@ -255,3 +255,41 @@ func TestMetricsOfServe(t *testing.T) {
 	}
 	s.cacheIdle()
 }
+
+// TestStoppedServers: servers that are there and do not answer are named, with what to look for, and waited for together.
+func TestStoppedServers(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	s := newSession(t)
+	image, _ := s.writeImage(corpus.Get(t, "zstd"))
+	dirs := []string{s.mount(image), s.mount(image), s.mount(image), s.mount(image)}
+	var pids []int
+	var want []string
+	for _, dir := range dirs {
+		pid := s.entry(dir).PID
+		pids, want = append(pids, pid), append(want, fmt.Sprintf("the server of the mount on %s (pid %d) does not answer", dir, pid))
+	}
+	all := func(sig syscall.Signal) {
+		for _, pid := range pids {
+			must(t, syscall.Kill(pid, sig))
+		}
+	}
+	all(syscall.SIGSTOP)
+	began := time.Now()
+	r := s.run(binary, "list")
+	took := time.Since(began)
+	asked := s.run(binary, "metrics", dirs[0])
+	all(syscall.SIGCONT)
+	for i, line := range want {
+		if r.code != 1 || !strings.Contains(r.stderr, line) || !strings.Contains(r.stdout, dirs[i]) {
+			t.Errorf("list: %+v, want %s", r, line)
+		}
+	}
+	if took > 9*time.Second { // 12 s one after the other, 3 s together
+		t.Errorf("list took %v", took)
+	}
+	wantLine(t, asked, want[0])
+	for _, dir := range dirs {
+		s.must("umount", dir)
+	}
+	s.nothingLeft(dirs[0])
+}
