@@ -105,7 +105,7 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 	src.startPrefetch(s.source.prefetch, log.Logger)
 	server, err := nbdserve.NewServer(
 		nbdserve.Export{Description: fmt.Sprintf("%s %s", src.ref, src.id), Source: src.volume().Primary},
-		nbdserve.Options{TLS: s.tls, Log: log.Logger})
+		nbdserve.Options{TLS: s.tls, Log: log.Logger, Failed: metering.failed})
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
 
@@ -23,6 +24,7 @@ type sourceCollector struct {
 	kept, limit, evictions, evicted      *prometheus.Desc
 	flights, waiting, refused, damaged   *prometheus.Desc
 	layer, size, here, verified, revoked *prometheus.Desc
+	wanted, prefetched, state            *prometheus.Desc
 }
 
 // mountLabels tell one server from others.
@@ -54,6 +56,10 @@ func newSourceCollector(src *opened, of mountLabels) *sourceCollector {
 		refused:   desc("cache_refused_chunks_total", "Chunks, fetched or from the disk, that were not what the image's chunk index or tree says."),
 		damaged:   desc("cache_damaged_chunks_total", "Times that chunks on the disk were not what had been written there."),
 
+		wanted:     desc("prefetch_wanted_bytes", "Bytes that are to be fetched in the background, as far as that is known. It is missing where nothing is to be."),
+		prefetched: desc("prefetch_fetched_bytes", "Bytes of these that are here."),
+		state:      desc("prefetch_state", "1 for what the fetching in the background does, 0 for what it does not: running, waiting (there is trouble), done, or stopped (there is more that will not be fetched).", "state"),
+
 		layer:    desc("layer_info", "1, labeled with what the bytes of the layer are verified by.", "layer", "verified_by"),
 		size:     desc("layer_size_bytes", "Bytes of the layer's image that can be read.", "layer"),
 		here:     desc("layer_present_bytes", "Bytes of the layer's image that are in the cache.", "layer"),
@@ -67,6 +73,7 @@ func (c *sourceCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		c.mount, c.reads, c.served, c.fetches, c.fetched, c.kept, c.limit, c.evictions, c.evicted,
 		c.flights, c.waiting, c.refused, c.damaged, c.layer, c.size, c.here, c.verified, c.revoked,
+		c.wanted, c.prefetched, c.state,
 	} {
 		ch <- d
 	}
@@ -82,6 +89,13 @@ func (c *sourceCollector) Collect(ch chan<- prometheus.Metric) {
 		return // files on this machine
 	}
 	c.collectCache(ch)
+	if st := c.src.prefetch.Status(); st != nil {
+		gauge(c.wanted, float64(st.Wanted))
+		gauge(c.prefetched, float64(st.Fetched))
+		for _, state := range []backend.PrefetchState{backend.PrefetchRunning, backend.PrefetchWaiting, backend.PrefetchDone, backend.PrefetchStopped} {
+			gauge(c.state, oneIf(st.State == state), string(state))
+		}
+	}
 	seen := make(map[string]bool)
 	for _, l := range c.src.status().Layers {
 		if seen[l.Digest] {
@@ -92,12 +106,15 @@ func (c *sourceCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(c.size, float64(l.Size), l.Digest)
 		gauge(c.here, float64(l.Fetched), l.Digest)
 		gauge(c.verified, float64(l.Verified), l.Digest)
-		wrong := 0.0
-		if l.Wrong != "" {
-			wrong = 1
-		}
-		gauge(c.revoked, wrong, l.Digest)
+		gauge(c.revoked, oneIf(l.Wrong != ""), l.Digest)
 	}
+}
+
+func oneIf(so bool) float64 {
+	if so {
+		return 1
+	}
+	return 0
 }
 
 // constant is a sample with what was looked up. Labels are UTF-8, which paths of images need not be. What cannot be a

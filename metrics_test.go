@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -24,6 +25,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"github.com/urfave/cli/v2"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
@@ -47,6 +49,7 @@ func meteredBlob(t *testing.T, addr string, p *pushed) (*metering, *reader) {
 	r, err := p.openBy(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter}, cache)
 	must(t, err)
 	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}, id: "sha256:00"}
+	o.prefetch = &prefetcher{status: backend.PrefetchStatus{State: backend.PrefetchWaiting, Wanted: 100, Fetched: 40}}
 	m.show(o, mountLabels{"r.example/x:v1", "fuse"})
 	return m, r
 }
@@ -161,6 +164,10 @@ func TestMeterAgrees(t *testing.T) {
 		{"reads that were timed", sum("cache_read_wait_seconds"), sum("cache_reads_total", "result=miss")},
 		{"fetches by cause", sum("cache_fetches_total", "cause=demand"), sum("registry_requests_total", "cause=demand")},
 		{"fetches ahead", sum("cache_fetches_total", "cause=readahead"), sum("registry_requests_total", "cause=readahead")},
+		{"to be prefetched", sum("prefetch_wanted_bytes"), 100},
+		{"prefetched", sum("prefetch_fetched_bytes"), 40},
+		{"prefetching waits", sum("prefetch_state", "state=waiting"), 1},
+		{"states", sum("prefetch_state"), 1},
 		{"reads that wait", sum("cache_reads_waiting"), 0},
 		{"chunks refused", sum("cache_refused_chunks_total"), 0},
 		{"mounts", sum("mount_info", "reference=r.example/x:v1", "id=sha256:00", "backend=fuse"), 1},
@@ -272,6 +279,23 @@ func TestMetricsOfAnyPath(t *testing.T) {
 	}
 }
 
+// TestMeterFailures: each errno that a reader may see is there before anybody does; and where nothing counts, nothing is
+// counted.
+func TestMeterFailures(t *testing.T) {
+	m, err := newMetering("", slog.New(slog.DiscardHandler))
+	must(t, err)
+	m.failed(syscall.EIO)
+	m.failed(syscall.EIO)
+	m.failed(syscall.EUCLEAN)
+	(*meter)(nil).failed(syscall.EIO)
+	sum := sums(t, m)
+	for errno, want := range map[string]float64{"EIO": 2, "EUCLEAN": 1, "EOPNOTSUPP": 0, "EINVAL": 0} {
+		if got := sum("read_errors_total", "errno="+errno); got != want {
+			t.Errorf("%s: %v, want %v", errno, got, want)
+		}
+	}
+}
+
 // TestMetricLabels: what somebody else chooses cannot make samples without end.
 func TestMetricLabels(t *testing.T) {
 	m, err := newMeter()
@@ -281,6 +305,7 @@ func TestMetricLabels(t *testing.T) {
 		m.Answered(a)
 		m.Received(a, 1)
 		m.Happened(registry.Event(fmt.Sprint(i)))
+		m.failed(syscall.Errno(i))
 	}
 	families, err := m.families.Gather()
 	must(t, err)

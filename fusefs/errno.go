@@ -47,6 +47,7 @@ func (f *fileSystem) fail(op string, node uint64, err error, where ...any) fuse.
 	case errors.Is(err, context.Canceled) && f.ctx.Err() != nil:
 		// The mount ends; nobody waits for the reason.
 	default:
+		f.failed.note(syscall.Errno(st))
 		f.errs.say(op, syscall.Errno(st), err, append([]any{"nid", uint64(f.ids.nid(node))}, where...)...)
 	}
 	return st

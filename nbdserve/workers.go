@@ -3,6 +3,7 @@ package nbdserve
 import (
 	"context"
 	"errors"
+	"syscall"
 	"time"
 )
 
@@ -106,6 +107,9 @@ func (c *session) fail(q request, why error) {
 		return // nobody waits for it
 	}
 	c.s.failed.Add(1)
+	if c.s.o.Failed != nil {
+		c.s.o.Failed(syscall.EIO)
+	}
 	c.s.log.say("request failed", "offset", q.offset, "bytes", q.length, "err", why)
 	code, text := replyError(why)
 	var reply [maxPlainReply]byte

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/require"
 )
@@ -292,4 +294,46 @@ func TestStoppedServers(t *testing.T) {
 		s.must("umount", dir)
 	}
 	s.nothingLeft(dirs[0])
+}
+
+// TestMetricsOfFailures: each read that fails is counted, with the errno that the reader of our own file system sees; the
+// kernel's EROFS sees EIO.
+func TestMetricsOfFailures(t *testing.T) {
+	require.Has(t, "root", "fuse", "kernel-erofs")
+	for _, kind := range []string{"fuse", "file"} {
+		t.Run(kind, func(t *testing.T) {
+			im, s := served(t)
+			dir := s.mount(im.ref, "--backend="+kind, "--prefetch=meta")
+			st := s.prefetched(dir, backend.PrefetchDone)
+			n := s.metrics(dir)
+			if n.sum(t, "prefetch_state", "state=done") != 1 || n.sum(t, "prefetch_state") != 1 ||
+				n.sum(t, "prefetch_wanted_bytes") != float64(st.Wanted) || n.sum(t, "prefetch_fetched_bytes") != float64(st.Fetched) || st.Fetched == 0 {
+				t.Errorf("list says %+v, metrics %+v", st, n)
+			}
+			if n.sum(t, "read_errors_total") != 0 {
+				t.Errorf("before anything failed: %+v", n)
+			}
+			s.must("umount", dir)
+			im.Stop()
+			dir = s.target()
+			if r := s.run(binary, "mount", "--backend="+kind, "--offline", im.ref, dir); r.code != 0 {
+				t.Fatalf("%+v", r) // it says what is not here
+			}
+			f, err := os.Open(filepath.Join(dir, bigFile))
+			must(t, err)
+			const reads = 5
+			for i := range int64(reads) {
+				if _, err := f.ReadAt(make([]byte, 4096), bigSize/2+i*2*chunk); !errors.Is(err, syscall.EIO) {
+					t.Errorf("what is not here: %v", err)
+				}
+			}
+			must(t, f.Close())
+			n = s.metrics(dir)
+			if failed := n.sum(t, "read_errors_total", "errno=EIO"); failed < reads || n.sum(t, "read_errors_total") != failed {
+				t.Errorf("%v were counted of %d: %+v", failed, reads, n)
+			}
+			s.must("umount", dir)
+			s.nothingLeft(dir)
+		})
+	}
 }
