@@ -140,7 +140,7 @@ func (k *keeper) Put(ctx context.Context, d digest.Digest, raw []byte) {
 // read reads a document through the cache, which keeps it if it comes from f.
 func (k *keeper) read(ctx context.Context, d digest.Digest, size int64, f blobcache.Fetcher) (raw []byte, err error) {
 	b, err := k.cache.Open(d.String(), size, f, blobcache.OpenOptions{
-		ChunkSize: oneUnit(size), Origin: k.origin(),
+		ChunkSize: oneUnit(size), Origin: k.origin(), Beneath: true, NoReadahead: true,
 		Verify: func(_ context.Context, p []byte, _ int64) error {
 			if got := d.Algorithm().FromBytes(p); got != d {
 				return wrongDocument{got}

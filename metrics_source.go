@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
 
@@ -42,16 +43,16 @@ func newSourceCollector(src *opened, of mountLabels) *sourceCollector {
 	return &sourceCollector{
 		src: src, of: of,
 		mount:   desc("mount_info", "1, labeled with what is mounted: the reference, what tells its content from others, and the backend (serve: it is exported by NBD and not mounted).", "reference", "id", "backend"),
-		reads:   desc("cache_reads_total", "Reads of images, those included by which a whole layer is checked: a hit was answered at once, a miss had to wait.", "result"),
+		reads:   desc("cache_reads_total", "Reads of layers in the cache, those included by which a whole layer is checked or decompressed: a hit was answered at once, a miss had to wait. Reads of chunk indexes, trees and manifests are not in it, nor in the other metrics of reads.", "result"),
 		served:  desc("cache_served_bytes_total", "Bytes that were given to those of these reads that succeeded."),
-		fetches: desc("cache_fetches_total", "Ranges that the cache asked for, by what the first byte of each is for.", "cause"),
-		fetched: desc("cache_fetched_bytes_total", "Bytes of chunks that the cache read from the bodies of its fetches, by what each chunk was asked for.", "cause"),
+		fetches: desc("cache_fetches_total", "Ranges that the cache asked for, by what the first byte of each is for; of chunk indexes, trees and manifests, metadata.", "cause"),
+		fetched: desc("cache_fetched_bytes_total", "Bytes of chunks that the cache read from the bodies of its fetches, by what each chunk was asked for; of chunk indexes, trees and manifests, metadata.", "cause"),
 
 		kept:      desc("cache_directory_bytes", "Bytes that the cache's directory takes, for all mounts and processes together, and up to some MiB too many for each of these. It is missing while nobody knows."),
 		limit:     desc("cache_directory_limit_bytes", "Bytes that the cache's directory may take; +Inf if there is no limit."),
 		evictions: desc("cache_evictions_total", "Regions that this process evicted from the cache to make room."),
 		evicted:   desc("cache_evicted_bytes_total", "Bytes of chunks that were in the regions which this process evicted."),
-		flights:   desc("cache_fetches_in_flight", "Fetches that are under way."),
+		flights:   desc("cache_fetches_in_flight", "Fetches that are under way, whatever for."),
 		waiting:   desc("cache_reads_waiting", "Reads that wait for what the cache does not have."),
 		refused:   desc("cache_refused_chunks_total", "Chunks, fetched or from the disk, that were not what the image's chunk index or tree says."),
 		damaged:   desc("cache_damaged_chunks_total", "Times that chunks on the disk were not what had been written there."),
@@ -135,19 +136,20 @@ func (c *sourceCollector) collectCache(ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, n int64, labels ...string) {
 		ch <- constant(d, prometheus.CounterValue, float64(n), labels...)
 	}
-	s := c.src.stats()
+	all := c.src.cache.Stats()
+	s := all.Blobs
 	counter(c.reads, s.Hits, "hit")
 	counter(c.reads, s.Misses, "miss")
 	counter(c.served, s.BytesServed)
-	for cause, n := range map[blobcache.Cause][2]int64{
-		blobcache.Demand:    {s.FetchesDemand, s.BytesDemand},
-		blobcache.Readahead: {s.FetchesAhead, s.BytesAhead},
-		blobcache.Prefetch:  {s.FetchesPrefetch, s.BytesPrefetch},
+	for cause, n := range map[string][2]int64{
+		string(blobcache.Demand):    {s.FetchesDemand, s.BytesDemand},
+		string(blobcache.Readahead): {s.FetchesAhead, s.BytesAhead},
+		string(blobcache.Prefetch):  {s.FetchesPrefetch, s.BytesPrefetch},
+		registry.CauseMetadata:      {all.Beneath.Fetches, all.Beneath.BytesFetched},
 	} {
-		counter(c.fetches, n[0], string(cause))
-		counter(c.fetched, n[1], string(cause))
+		counter(c.fetches, n[0], cause)
+		counter(c.fetched, n[1], cause)
 	}
-	all := c.src.cache.Stats()
 	counter(c.evictions, all.Evictions)
 	counter(c.evicted, all.EvictedBytes)
 	counter(c.refused, all.Refused)
@@ -165,26 +167,4 @@ func (c *sourceCollector) collectCache(ch chan<- prometheus.Metric) {
 		limit = math.Inf(1)
 	}
 	gauge(c.limit, limit)
-}
-
-// stats are those of all blobs together, as far as they are metrics.
-func (o *opened) stats() (sum blobcache.Stats) {
-	seen := make(map[string]bool)
-	for _, l := range o.layers {
-		if l.blob.cached == nil || seen[l.blob.digest] {
-			continue // not in the cache; or the same blob, whose counts are the same
-		}
-		seen[l.blob.digest] = true
-		s := l.blob.cached.Stats()
-		sum.FetchesDemand += s.FetchesDemand
-		sum.FetchesAhead += s.FetchesAhead
-		sum.FetchesPrefetch += s.FetchesPrefetch
-		sum.BytesDemand += s.BytesDemand
-		sum.BytesAhead += s.BytesAhead
-		sum.BytesPrefetch += s.BytesPrefetch
-		sum.BytesServed += s.BytesServed
-		sum.Hits += s.Hits
-		sum.Misses += s.Misses
-	}
-	return sum
 }
