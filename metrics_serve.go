@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -165,12 +166,12 @@ func (m *metering) show(src *opened, of mountLabels) {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.whileOpen(promhttp.HandlerFor(m.families, promhttp.HandlerOpts{
-		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelError), ErrorHandling: promhttp.ContinueOnError,
+		ErrorLog: gatherLog{m.log}, ErrorHandling: promhttp.ContinueOnError,
 	})))
 	m.http = &http.Server{
 		Handler: mux, ReadHeaderTimeout: metricsRequest, ReadTimeout: metricsRequest, WriteTimeout: metricsAnswer,
 		MaxHeaderBytes: metricsHeader,
-		ErrorLog:       slog.NewLogLogger(m.log.Handler(), slog.LevelDebug), // what clients do wrong
+		ErrorLog:       stdlog.New(clientLog{m.log}, "", 0),
 	}
 	// There are few places: nobody keeps one until the next time.
 	m.http.SetKeepAlivesEnabled(false)
@@ -180,6 +181,21 @@ func (m *metering) show(src *opened, of mountLabels) {
 			m.log.Error("metrics are not served any more", "err", err)
 		}
 	})
+}
+
+// gatherLog is a promhttp.Logger. What varies is no part of the message: the log tells by it what it has said before.
+type gatherLog struct{ log *slog.Logger }
+
+func (l gatherLog) Println(v ...any) {
+	l.log.Error("some metrics are missing", "err", strings.TrimSpace(fmt.Sprintln(v...)))
+}
+
+// clientLog is written to by the HTTP server, a line at a time: most of them are about what clients do wrong.
+type clientLog struct{ log *slog.Logger }
+
+func (l clientLog) Write(line []byte) (int, error) {
+	l.log.Debug("serving metrics", "err", string(bytes.TrimSpace(line)))
+	return len(line), nil
 }
 
 // whileOpen answers as long as there is something to count.

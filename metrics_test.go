@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -445,6 +446,38 @@ func TestMetricsIdle(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Error("who comes next is not answered")
 	}
+}
+
+// TestMetricsLogs: the lines of the libraries are ours, with a message that does not vary.
+func TestMetricsLogs(t *testing.T) {
+	var said strings.Builder
+	log := slog.New(slog.NewJSONHandler(&said, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	m, err := newMetering("unix:"+filepath.Join(t.TempDir(), "metrics"), log)
+	must(t, err)
+	d := prometheus.NewDesc(metricsPrefix+"x", "X.", nil, nil)
+	must(t, m.families.Register(badCollector{d}))
+	m.show(&opened{}, mountLabels{})
+	if text, err := ask("unix:"+m.listener.Addr().String(), "/metrics"); err != nil || !strings.Contains(text, metricsPrefix+"build_info") {
+		t.Errorf("%s, %v", text, err)
+	}
+	m.http.ErrorLog.Printf("http: TLS handshake error from %s", "somebody")
+	must(t, m.Close())
+	for _, want := range []string{
+		`"level":"ERROR","msg":"some metrics are missing","err":"error gathering metrics:`,
+		`"level":"DEBUG","msg":"serving metrics","err":"http: TLS handshake error from somebody"}`,
+	} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("no %s in %s", want, said.String())
+		}
+	}
+}
+
+// badCollector has a metric that is none.
+type badCollector struct{ d *prometheus.Desc }
+
+func (c badCollector) Describe(ch chan<- *prometheus.Desc) { ch <- c.d }
+func (c badCollector) Collect(ch chan<- prometheus.Metric) {
+	ch <- prometheus.NewInvalidMetric(c.d, errors.New("broken by the test"))
 }
 
 // TestMetricsOption: what is an address.
