@@ -92,8 +92,7 @@ type metering struct {
 	closed    bool
 }
 
-// newMetering is a meter, and has the address at which it is to be shown. No other goroutine
-// may make files meanwhile (see listenPrivately).
+// newMetering is a meter, and has the address at which it is to be shown.
 func newMetering(addr string, log *slog.Logger) (*metering, error) {
 	counts, err := newMeter()
 	if err != nil {
