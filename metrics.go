@@ -46,7 +46,7 @@ func newMeter() (*meter, error) {
 		families: prometheus.NewRegistry(),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: metricsPrefix + "registry_requests_total",
-			Help: "Requests that were sent to registries, their mirrors, storages and token services, hops of redirects and tries that failed included.",
+			Help: "Requests to registries, their mirrors, storages and token services, hops of redirects and tries that failed included, also those whose connection was refused.",
 		}, []string{"method", "kind", "cause", "code"}),
 		received: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: metricsPrefix + "registry_received_bytes_total",
@@ -65,7 +65,7 @@ func newMeter() (*meter, error) {
 			Help: "Requests of readers (reads, lookups, listings and so on) that failed with this errno, whether a line in the log says so or not. That there is no such file or attribute is no failure.",
 		}, []string{"errno"}),
 		events: map[registry.Event]prometheus.Counter{
-			registry.EventRetry:        counter("registry_retries_total", "Tries that failed after they had been sent, and were made once more."),
+			registry.EventRetry:        counter("registry_retries_total", "Tries that failed, those whose connection was refused included, and were made once more."),
 			registry.EventResume:       counter("registry_resumes_total", "Retries that went on behind the bytes that had come already."),
 			registry.EventThrottled:    counter("registry_throttled_total", "Answers with the status 429, too many requests."),
 			registry.EventToken:        counter("registry_tokens_total", "Tokens that were fetched where there was none yet."),
