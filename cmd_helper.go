@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 )
@@ -38,9 +41,8 @@ func (p *program) helperCommand() *cli.Command {
 			"mounts, and so does a line in /etc/fstab:\n" +
 			"   REF DIR erofs-oci defaults,_netdev 0 0\n" +
 			"The options of mount(8) may be given, and these flags of erofs-oci mount, with or without\n" +
-			"underscores: backend, platform, layer, blob, authfile, plain_http, cache_dir, cache_size,\n" +
-			"cache_min_free, paranoid, on_error, overlay, tmpfs_overlay, nbd_connections, supervise, device, memory, tls_ca,\n" +
-			"tls_verify, max_conns_per_host, prefetch, prefetch_rate, prefetch_budget. A password is no option: log in with podman login or docker login.",
+			"underscores:\n" + helperOptions() + "\n" +
+			"A password is no option: log in with podman login or docker login.",
 		HideHelpCommand: true,
 		Subcommands: []*cli.Command{
 			command("install", "make the link", installHelper),
@@ -53,6 +55,23 @@ func (p *program) helperCommand() *cli.Command {
 			return cli.ShowSubcommandHelp(c)
 		},
 	}
+}
+
+// helperOptions are the mount options that become flags, in lines of a help text.
+func helperOptions() string {
+	const width = 90
+	text, line := "", "  "
+	for i, key := range slices.Sorted(maps.Keys(helperKeys())) {
+		word := " " + strings.ReplaceAll(key, "-", "_")
+		if i > 0 {
+			line += ","
+		}
+		if len(line)+len(word) > width {
+			text, line = text+line+"\n", "  "
+		}
+		line += word
+	}
+	return text + line
 }
 
 func helperUsageError(_ *cli.Context, err error, _ bool) error {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/nbdserve"
@@ -39,9 +40,7 @@ func (p *program) listCommand() *cli.Command {
 			}
 			// What can be read is shown, whatever is the matter with the rest.
 			all, err := listAll(run)
-			for i := range all {
-				err = errors.Join(err, all[i].ask(c.Context, run))
-			}
+			err = errors.Join(err, askAll(c.Context, run, all))
 			if c.Bool("json") {
 				return errors.Join(err, printJSON(p.stdout, all), wrongOnes(all))
 			}
@@ -65,6 +64,24 @@ type listed struct {
 	Status *backend.MountStatus `json:"status,omitempty"`
 }
 
+// askAll asks all servers at once: those that do not answer are waited for together.
+func askAll(ctx context.Context, run *backend.RunDir, all []listed) error {
+	errs := make([]error, len(all))
+	var asking errgroup.Group
+	asking.SetLimit(listAtOnce)
+	for i := range all {
+		asking.Go(func() error {
+			errs[i] = all[i].ask(ctx, run)
+			return nil
+		})
+	}
+	_ = asking.Wait() // the errors are in their order
+	return errors.Join(errs...)
+}
+
+// listAtOnce bounds the descriptors that list needs.
+const listAtOnce = 64
+
 // ask asks the server of the mount.
 func (l *listed) ask(ctx context.Context, run *backend.RunDir) error {
 	if l.State != backend.Running && l.State != backend.Detached {
@@ -72,8 +89,11 @@ func (l *listed) ask(ctx context.Context, run *backend.RunDir) error {
 	}
 	status, ok, err := run.Status(ctx, l.Dir)
 	if ok {
-		status.Metrics = "" // erofs-oci metrics shows them
+		status.Metrics = "" // of a server that says more than it was asked; erofs-oci metrics shows them
 		l.Status = &status
+	}
+	if errors.Is(err, backend.ErrNoAnswer) {
+		return noAnswer(printable(l.Dir), l.PID)
 	}
 	return err
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -69,16 +70,21 @@ func (p *program) metricsOf(c *cli.Context, dir string) (string, error) {
 	case e.Remedy() != "":
 		return "", fmt.Errorf("%s is %s: its server is gone, and its counts with it; see erofs-oci %s", dir, e.State, e.Remedy())
 	}
-	status, ok, err := run.Status(c.Context, real)
+	status, ok, err := run.StatusAndMetrics(c.Context, real)
 	switch {
+	case errors.Is(err, backend.ErrNoAnswer), err == nil && !ok:
+		return "", noAnswer(dir, e.PID)
 	case err != nil:
 		return "", err
-	case !ok:
-		return "", fmt.Errorf("the server of the mount on %s (pid %d) does not answer", dir, e.PID)
 	case status.Metrics == "":
 		return "", fmt.Errorf("the server of the mount on %s (pid %d) is of a version that counts nothing", dir, e.PID)
 	}
 	return status.Metrics, nil
+}
+
+// noAnswer is the error where the server of a mount is there and says nothing.
+func noAnswer(dir string, pid int) error {
+	return fmt.Errorf("the server of the mount on %s (pid %d) does not answer", dir, pid)
 }
 
 // A metricFamily is what the JSON output has of all samples of one name.

@@ -154,7 +154,7 @@ func (m *mountRequest) mountVolume(ctx context.Context, src *opened, log *slog.L
 			return nil, err
 		}
 	}
-	return b.Mount(ctx, v, m.dir, backend.Options{Name: m.name, Flags: m.flags, Log: log})
+	return b.Mount(ctx, v, m.dir, backend.Options{Name: m.name, Flags: m.flags, Log: log, Failed: m.source.meter.failed})
 }
 
 // checked looks at the image before a backend that leaves it to the kernel, whose

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -122,7 +121,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	if rec.Wrong != "" {
 		src.foundWrong(rec.Wrong)
 	}
-	mounted, err := takeOver(ctx, rec, devices, src, log.Logger)
+	mounted, err := takeOver(ctx, rec, devices, src, backend.Options{Log: log.Logger, Failed: metering.failed})
 	if err != nil {
 		return err
 	}
@@ -141,7 +140,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 }
 
 // takeOver serves the recorded devices from now on.
-func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attachment, src *opened, log *slog.Logger) (backend.Mount, error) {
+func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attachment, src *opened, o backend.Options) (backend.Mount, error) {
 	layers, err := attachedTo(rec, devices, src.volume())
 	if err != nil {
 		return nil, err
@@ -155,7 +154,7 @@ func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attach
 	}
 	for _, l := range layers {
 		d := l.devices[0]
-		m, err := nbdBackend(d.Connections, d.Timeout).Reattach(ctx, l.volume, l.devices, rec.Dir, backend.Options{Log: log})
+		m, err := nbdBackend(d.Connections, d.Timeout).Reattach(ctx, l.volume, l.devices, rec.Dir, o)
 		if err != nil {
 			return nil, errors.Join(err, abandon())
 		}
@@ -165,7 +164,7 @@ func takeOver(ctx context.Context, rec backend.Record, devices []nbdserve.Attach
 		return mounts[0], nil
 	}
 	over := backend.Overlay{Upper: rec.Overlay, Tmpfs: rec.TmpfsOverlay, Image: src.id}
-	m, err := over.Resume(mounts, rec.Dir, rec.Device, log)
+	m, err := over.Resume(mounts, rec.Dir, rec.Device, o.Log)
 	if err != nil {
 		return nil, errors.Join(err, abandon())
 	}

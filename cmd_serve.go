@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/urfave/cli/v2"
 
@@ -97,6 +96,17 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 		return err
 	}
 	defer func() { err = errors.Join(err, metering.Close()) }()
+	// That it cannot be had is known before anything is fetched. Clients wait until there is something to serve.
+	l, err := s.address.listen()
+	if err != nil {
+		return fmt.Errorf("--nbd %s: %w", s.address, err)
+	}
+	served := false
+	defer func() {
+		if !served {
+			err = errors.Join(err, l.Close())
+		}
+	}()
 	src, err := p.open(ctx, s.source, log.Logger)
 	if err != nil {
 		return err
@@ -105,23 +115,20 @@ func (p *program) serveNBD(ctx context.Context, s *serveRequest, log *serverLog)
 	src.startPrefetch(s.source.prefetch, log.Logger)
 	server, err := nbdserve.NewServer(
 		nbdserve.Export{Description: fmt.Sprintf("%s %s", src.ref, src.id), Source: src.volume().Primary},
-		nbdserve.Options{TLS: s.tls, Log: log.Logger})
+		nbdserve.Options{TLS: s.tls, Log: log.Logger, Failed: metering.failed})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
 	metering.show(src, mountLabels{src.ref.String(), serveLabel})
 	defer func() { err = errors.Join(err, metering.Close()) }() // before src
-	l, err := s.address.listen()
-	if err != nil {
+	if err := src.recording.begin(); err != nil {
 		return err
 	}
-	if err := src.recording.begin(); err != nil {
-		return errors.Join(err, l.Close())
-	}
 	if _, err := fmt.Fprintln(p.stdout, nbdURI(l.Addr(), s.tls != nil)); err != nil {
-		return errors.Join(err, l.Close())
+		return err
 	}
+	served = true
 	defer src.rememberRead()
 	src.rememberRead()
 	return server.Serve(ctx, l)
@@ -161,35 +168,14 @@ func (a nbdAddress) listen() (net.Listener, error) {
 	if a.tcp != nil {
 		return net.ListenTCP("tcp", a.tcp)
 	}
-	l, err := listenPrivately(a.path)
-	if errors.Is(err, syscall.EADDRINUSE) && abandoned(a.path) {
-		if err := os.Remove(a.path); err != nil {
-			return nil, err
-		}
-		l, err = listenPrivately(a.path)
-	}
-	return l, err
+	return listenAt(a.path)
 }
 
-// listenPrivately makes a socket that nobody else can connect to. No other
-// goroutine makes files yet.
-func listenPrivately(path string) (net.Listener, error) {
-	old := syscall.Umask(0o177)
-	defer syscall.Umask(old)
-	return net.Listen("unix", path)
-}
-
-// abandoned says whether path is a socket whose server is gone.
-func abandoned(path string) bool {
-	st, err := os.Lstat(path)
-	if err != nil || st.Mode().Type() != os.ModeSocket {
-		return false
+func (a nbdAddress) String() string {
+	if a.tcp != nil {
+		return a.tcp.String()
 	}
-	conn, err := net.Dial("unix", path)
-	if err == nil {
-		conn.Close()
-	}
-	return errors.Is(err, syscall.ECONNREFUSED)
+	return "unix:" + a.path
 }
 
 // nbdURI is what clients call the export.

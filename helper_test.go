@@ -155,3 +155,31 @@ func put(t *testing.T, link, to, file string) {
 		t.Fatal(err)
 	}
 }
+
+// TestHelperHelp: the help names each option that becomes a flag, once; and each becomes a flag that mount has.
+func TestHelperHelp(t *testing.T) {
+	p := &program{}
+	words := strings.FieldsFunc(p.helperCommand().Description, func(r rune) bool { return strings.ContainsRune(" ,.:\n", r) })
+	flags := make(map[string]bool)
+	for _, f := range p.mountCommand().Flags {
+		for _, name := range f.Names() {
+			flags[name] = true
+		}
+	}
+	listed := strings.Split(strings.Join(strings.Fields(helperOptions()), ""), ",")
+	for key := range helperKeys() {
+		word := strings.ReplaceAll(key, "-", "_")
+		if n := len(slices.DeleteFunc(slices.Clone(listed), func(l string) bool { return l != word })); n != 1 {
+			t.Errorf("%s is listed %d times", word, n)
+		}
+		if !slices.Contains(words, word) {
+			t.Errorf("%s is not in the help", word)
+		}
+		if !flags[key] {
+			t.Errorf("mount has no flag --%s", key)
+		}
+	}
+	if len(listed) != len(helperKeys()) {
+		t.Errorf("%d are listed of %d", len(listed), len(helperKeys()))
+	}
+}

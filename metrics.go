@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,6 +31,7 @@ type meter struct {
 	received *prometheus.CounterVec   // kind, cause
 	headers  *prometheus.HistogramVec // kind
 	waits    prometheus.Histogram
+	failures *prometheus.CounterVec // errno
 	events   map[registry.Event]prometheus.Counter
 }
 
@@ -43,7 +46,7 @@ func newMeter() (*meter, error) {
 		families: prometheus.NewRegistry(),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: metricsPrefix + "registry_requests_total",
-			Help: "Requests that were sent to registries, their mirrors, storages and token services, hops of redirects and tries that failed included.",
+			Help: "Requests to registries, their mirrors, storages and token services, hops of redirects and tries that failed included, also those whose connection was refused.",
 		}, []string{"method", "kind", "cause", "code"}),
 		received: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: metricsPrefix + "registry_received_bytes_total",
@@ -57,8 +60,12 @@ func newMeter() (*meter, error) {
 			Name: metricsPrefix + "cache_read_wait_seconds", Buckets: buckets,
 			Help: "Time that reads took which the cache could not answer at once, those that failed included.",
 		}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: metricsPrefix + "read_errors_total",
+			Help: "Requests of readers (reads, lookups, listings and so on) that failed with this errno, whether a line in the log says so or not. That there is no such file or attribute is no failure.",
+		}, []string{"errno"}),
 		events: map[registry.Event]prometheus.Counter{
-			registry.EventRetry:        counter("registry_retries_total", "Tries that failed after they had been sent, and were made once more."),
+			registry.EventRetry:        counter("registry_retries_total", "Tries that failed, those whose connection was refused included, and were made once more."),
 			registry.EventResume:       counter("registry_resumes_total", "Retries that went on behind the bytes that had come already."),
 			registry.EventThrottled:    counter("registry_throttled_total", "Answers with the status 429, too many requests."),
 			registry.EventToken:        counter("registry_tokens_total", "Tokens that were fetched where there was none yet."),
@@ -68,11 +75,14 @@ func newMeter() (*meter, error) {
 		},
 	}
 	all := []prometheus.Collector{
-		m.requests, m.received, m.headers, m.waits, buildInfo(),
+		m.requests, m.received, m.headers, m.waits, m.failures, buildInfo(),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	}
 	for _, c := range m.events {
 		all = append(all, c)
+	}
+	for errno := range failureErrnos() {
+		m.failures.WithLabelValues(errnoLabel(errno)) // 0 is a number, too
 	}
 	var errs []error
 	for _, c := range all {
@@ -116,6 +126,13 @@ func (m *meter) Happened(e registry.Event) {
 // waited is told of each read that had to wait.
 func (m *meter) waited(d time.Duration) { m.waits.Observe(d.Seconds()) }
 
+// failed is told of each request of a reader that failed. m may be nil.
+func (m *meter) failed(errno syscall.Errno) {
+	if m != nil {
+		m.failures.WithLabelValues(errnoLabel(errno)).Inc()
+	}
+}
+
 // measureCache has the requests of a cache bear their cause, and its waits counted. m may be
 // nil: the causes are not for it alone.
 func (m *meter) measureCache(o *blobcache.Options) {
@@ -151,3 +168,12 @@ func codeLabel(status int) string {
 	}
 	return string([]byte{'0' + byte(status/100), 'x', 'x'})
 }
+
+// failureErrnos are those that the backends make of errors, by their names.
+func failureErrnos() map[syscall.Errno]string {
+	return map[syscall.Errno]string{
+		syscall.EIO: "EIO", syscall.EUCLEAN: "EUCLEAN", syscall.EOPNOTSUPP: "EOPNOTSUPP", syscall.EINVAL: "EINVAL",
+	}
+}
+
+func errnoLabel(errno syscall.Errno) string { return cmp.Or(failureErrnos()[errno], "other") }

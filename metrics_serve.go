@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -91,8 +92,7 @@ type metering struct {
 	closed    bool
 }
 
-// newMetering is a meter, and has the address at which it is to be shown. No other goroutine
-// may make files meanwhile (see listenPrivately).
+// newMetering is a meter, and has the address at which it is to be shown.
 func newMetering(addr string, log *slog.Logger) (*metering, error) {
 	counts, err := newMeter()
 	if err != nil {
@@ -151,7 +151,6 @@ const (
 	metricsClients  = 16 // at a time: more would take descriptors from those who read the image
 	metricsRequest  = 5 * time.Second
 	metricsAnswer   = 30 * time.Second
-	metricsIdle     = 2 * time.Minute
 	metricsHeader   = 16 << 10
 	metricsFarewell = time.Second
 )
@@ -166,19 +165,36 @@ func (m *metering) show(src *opened, of mountLabels) {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.whileOpen(promhttp.HandlerFor(m.families, promhttp.HandlerOpts{
-		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelError), ErrorHandling: promhttp.ContinueOnError,
+		ErrorLog: gatherLog{m.log}, ErrorHandling: promhttp.ContinueOnError,
 	})))
 	m.http = &http.Server{
 		Handler: mux, ReadHeaderTimeout: metricsRequest, ReadTimeout: metricsRequest, WriteTimeout: metricsAnswer,
-		IdleTimeout: metricsIdle, MaxHeaderBytes: metricsHeader,
-		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelDebug), // what clients do wrong
+		MaxHeaderBytes: metricsHeader,
+		ErrorLog:       stdlog.New(clientLog{m.log}, "", 0),
 	}
+	// There are few places: nobody keeps one until the next time.
+	m.http.SetKeepAlivesEnabled(false)
 	few := &fewConns{Listener: m.listener, slots: make(chan struct{}, metricsClients), closed: make(chan struct{})}
 	m.serving.Go(func() {
 		if err := m.http.Serve(few); !errors.Is(err, http.ErrServerClosed) {
 			m.log.Error("metrics are not served any more", "err", err)
 		}
 	})
+}
+
+// gatherLog is a promhttp.Logger. What varies is no part of the message: the log tells by it what it has said before.
+type gatherLog struct{ log *slog.Logger }
+
+func (l gatherLog) Println(v ...any) {
+	l.log.Error("some metrics are missing", "err", strings.TrimSpace(fmt.Sprintln(v...)))
+}
+
+// clientLog is written to by the HTTP server, a line at a time: most of them are about what clients do wrong.
+type clientLog struct{ log *slog.Logger }
+
+func (l clientLog) Write(line []byte) (int, error) {
+	l.log.Debug("serving metrics", "err", string(bytes.TrimSpace(line)))
+	return len(line), nil
 }
 
 // whileOpen answers as long as there is something to count.

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +26,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"github.com/urfave/cli/v2"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
@@ -46,6 +50,7 @@ func meteredBlob(t *testing.T, addr string, p *pushed) (*metering, *reader) {
 	r, err := p.openBy(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter}, cache)
 	must(t, err)
 	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}, id: "sha256:00"}
+	o.prefetch = &prefetcher{status: backend.PrefetchStatus{State: backend.PrefetchWaiting, Wanted: 100, Fetched: 40}}
 	m.show(o, mountLabels{"r.example/x:v1", "fuse"})
 	return m, r
 }
@@ -156,14 +161,20 @@ func TestMeterAgrees(t *testing.T) {
 		{"verified", sum("layer_verified_bytes"), size},
 		{"by the index", sum("layer_info", "verified_by="+byIndex), 1},
 		{"wrong", sum("layer_wrong"), 0},
-		{"bytes of chunks", sum("cache_fetched_bytes_total"), float64(r.cached.Size())},
+		{"bytes of chunks", sum("cache_fetched_bytes_total") - sum("cache_fetched_bytes_total", "cause=metadata"), float64(r.cached.Size())},
+		{"bytes of the index", sum("cache_fetched_bytes_total", "cause=metadata"), sum("registry_received_bytes_total", "cause=metadata", "kind=blob")},
+		{"fetches of the index", sum("cache_fetches_total", "cause=metadata"), 1},
 		{"reads that were timed", sum("cache_read_wait_seconds"), sum("cache_reads_total", "result=miss")},
 		{"fetches by cause", sum("cache_fetches_total", "cause=demand"), sum("registry_requests_total", "cause=demand")},
 		{"fetches ahead", sum("cache_fetches_total", "cause=readahead"), sum("registry_requests_total", "cause=readahead")},
+		{"to be prefetched", sum("prefetch_wanted_bytes"), 100},
+		{"prefetched", sum("prefetch_fetched_bytes"), 40},
+		{"prefetching waits", sum("prefetch_state", "state=waiting"), 1},
+		{"states", sum("prefetch_state"), 1},
 		{"reads that wait", sum("cache_reads_waiting"), 0},
 		{"chunks refused", sum("cache_refused_chunks_total"), 0},
 		{"mounts", sum("mount_info", "reference=r.example/x:v1", "id=sha256:00", "backend=fuse"), 1},
-		{"fetches, and the index", sum("cache_fetches_total") + 1, sum("registry_requests_total", "kind=blob", "method=GET", "code=2xx")},
+		{"fetches, with the index", sum("cache_fetches_total"), sum("registry_requests_total", "kind=blob", "method=GET", "code=2xx")},
 		{"manifests", sum("registry_requests_total", "kind=manifest"), 1},
 	} {
 		if c.got != c.want {
@@ -190,8 +201,8 @@ func TestMeterPrefetch(t *testing.T) {
 	if n := sum("registry_received_bytes_total", "cause=prefetch"); n < float64(len(want)) {
 		t.Errorf("%v bytes were received for it", n)
 	}
-	if n := sum("cache_fetches_total", "cause=prefetch"); n == 0 || n != sum("registry_requests_total", "cause=prefetch") || n != sum("cache_fetches_total") {
-		t.Errorf("%v fetches: %s", n, m.text())
+	if n := sum("cache_fetches_total", "cause=prefetch"); n == 0 || n != sum("registry_requests_total", "cause=prefetch") || n+1 != sum("cache_fetches_total") || sum("cache_fetches_total", "cause=metadata") != 1 {
+		t.Errorf("%v fetches, and that of the index: %s", n, m.text())
 	}
 	if n := sum("cache_reads_total") + sum("cache_read_wait_seconds"); n != 0 {
 		t.Errorf("%v reads", n)
@@ -256,6 +267,38 @@ func TestMeterWrongBytes(t *testing.T) {
 	}
 }
 
+// TestMetricsOfAnyPath: an image on this machine may have a path that is no UTF-8; and what cannot be a metric takes no
+// other with it.
+func TestMetricsOfAnyPath(t *testing.T) {
+	m, err := newMetering("", slog.New(slog.DiscardHandler))
+	must(t, err)
+	m.show(&opened{id: "size:1"}, mountLabels{"/images/\xff\xfe.erofs", "file"})
+	if n := sums(t, m)("mount_info", "reference=/images/\uFFFD.erofs", "id=size:1", "backend=file"); n != 1 {
+		t.Errorf("%v mounts: %s", n, m.text())
+	}
+	d := prometheus.NewDesc(metricsPrefix+"x", "X.", []string{"a"}, nil)
+	if err := constant(d, prometheus.GaugeValue, 1, "a", "b").Write(nil); err == nil {
+		t.Error("a label too many is written")
+	}
+}
+
+// TestMeterFailures: each errno that a reader may see is there before anybody does; and where nothing counts, nothing is
+// counted.
+func TestMeterFailures(t *testing.T) {
+	m, err := newMetering("", slog.New(slog.DiscardHandler))
+	must(t, err)
+	m.failed(syscall.EIO)
+	m.failed(syscall.EIO)
+	m.failed(syscall.EUCLEAN)
+	(*meter)(nil).failed(syscall.EIO)
+	sum := sums(t, m)
+	for errno, want := range map[string]float64{"EIO": 2, "EUCLEAN": 1, "EOPNOTSUPP": 0, "EINVAL": 0} {
+		if got := sum("read_errors_total", "errno="+errno); got != want {
+			t.Errorf("%s: %v, want %v", errno, got, want)
+		}
+	}
+}
+
 // TestMetricLabels: what somebody else chooses cannot make samples without end.
 func TestMetricLabels(t *testing.T) {
 	m, err := newMeter()
@@ -265,6 +308,7 @@ func TestMetricLabels(t *testing.T) {
 		m.Answered(a)
 		m.Received(a, 1)
 		m.Happened(registry.Event(fmt.Sprint(i)))
+		m.failed(syscall.Errno(i))
 	}
 	families, err := m.families.Gather()
 	must(t, err)
@@ -373,6 +417,67 @@ func TestMetricsSlots(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("not served")
 	}
+}
+
+// TestMetricsIdle: those who were answered and stay connected are in nobody's way.
+func TestMetricsIdle(t *testing.T) {
+	addr := "unix:" + filepath.Join(t.TempDir(), "metrics")
+	metered(t, addr)
+	for range metricsClients {
+		conn, err := net.Dial("unix", strings.TrimPrefix(addr, "unix:"))
+		must(t, err)
+		defer conn.Close()
+		_, err = io.WriteString(conn, "GET /metrics HTTP/1.1\r\nHost: metrics\r\n\r\n")
+		must(t, err)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		must(t, err)
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("status %d, %v", resp.StatusCode, err)
+		}
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := ask(addr, "/metrics")
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		must(t, err)
+	case <-time.After(20 * time.Second):
+		t.Error("who comes next is not answered")
+	}
+}
+
+// TestMetricsLogs: the lines of the libraries are ours, with a message that does not vary.
+func TestMetricsLogs(t *testing.T) {
+	var said strings.Builder
+	log := slog.New(slog.NewJSONHandler(&said, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	m, err := newMetering("unix:"+filepath.Join(t.TempDir(), "metrics"), log)
+	must(t, err)
+	d := prometheus.NewDesc(metricsPrefix+"x", "X.", nil, nil)
+	must(t, m.families.Register(badCollector{d}))
+	m.show(&opened{}, mountLabels{})
+	if text, err := ask("unix:"+m.listener.Addr().String(), "/metrics"); err != nil || !strings.Contains(text, metricsPrefix+"build_info") {
+		t.Errorf("%s, %v", text, err)
+	}
+	m.http.ErrorLog.Printf("http: TLS handshake error from %s", "somebody")
+	must(t, m.Close())
+	for _, want := range []string{
+		`"level":"ERROR","msg":"some metrics are missing","err":"error gathering metrics:`,
+		`"level":"DEBUG","msg":"serving metrics","err":"http: TLS handshake error from somebody"}`,
+	} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("no %s in %s", want, said.String())
+		}
+	}
+}
+
+// badCollector has a metric that is none.
+type badCollector struct{ d *prometheus.Desc }
+
+func (c badCollector) Describe(ch chan<- *prometheus.Desc) { ch <- c.d }
+func (c badCollector) Collect(ch chan<- prometheus.Metric) {
+	ch <- prometheus.NewInvalidMetric(c.d, errors.New("broken by the test"))
 }
 
 // TestMetricsOption: what is an address.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -114,6 +115,9 @@ func (o *prefetchOptions) resolve() (err error) {
 	}
 	if o.isFile() {
 		if o.profile, err = profile.ReadFile(o.mode); err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				err = fmt.Errorf("%w; none, meta and all are the words, anything else is a file", err)
+			}
 			return fmt.Errorf("--prefetch: %w", err)
 		}
 	}

@@ -353,3 +353,11 @@ func TestPrefetchAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// TestPrefetchWord: who mistypes a word is told which there are.
+func TestPrefetchWord(t *testing.T) {
+	o := prefetchOptions{mode: "/nosuch/META"}
+	if err := o.resolve(); err == nil || !strings.Contains(err.Error(), "none, meta and all are the words") {
+		t.Errorf("%v", err)
+	}
+}

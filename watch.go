@@ -44,9 +44,11 @@ type mountWatch struct {
 // watchMount begins to answer who asks for the status. The mount goes on without that, too.
 func watchMount(claim *backend.Claim, src *opened, mounted backend.Mount, metering *metering, log *slog.Logger) *mountWatch {
 	w := &mountWatch{claim: claim, mounted: mounted, metering: metering, log: log, stop: make(chan struct{})}
-	status := func() backend.MountStatus {
+	status := func(metrics bool) backend.MountStatus {
 		st := src.status()
-		st.Metrics = metering.text()
+		if metrics {
+			st.Metrics = metering.text()
+		}
 		return st
 	}
 	var err error

@@ -22,6 +22,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"syscall"
 )
 
 // Source is a blob that can be read at random.
@@ -68,6 +69,9 @@ type Options struct {
 	// Log receives the reason of each error that a reader sees as an errno.
 	// Nil discards.
 	Log *slog.Logger
+	// Failed is told of each of these errors, those included that are not logged because there are too many. It is called
+	// by several at a time. Nil: nobody wants to know.
+	Failed func(syscall.Errno)
 }
 
 // Backend mounts volumes in one particular way.

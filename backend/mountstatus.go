@@ -17,7 +17,8 @@ import (
 type MountStatus struct {
 	Layers   []LayerStatus   `json:"layers"`
 	Prefetch *PrefetchStatus `json:"prefetch,omitempty"` // nil: nothing was to be fetched in the background
-	// Metrics are what the server counts, in the text format of Prometheus. "" from a version that counts nothing.
+	// Metrics are what the server counts, in the text format of Prometheus. "" where nobody asked for them, or the server
+	// is of a version that counts nothing.
 	Metrics string `json:"metrics,omitempty"`
 }
 
@@ -52,20 +53,34 @@ type LayerStatus struct {
 
 // A StatusServer answers those who ask for the status of a mount, until Close.
 //
-// It is a socket in the run directory, ID.sock: whoever connects is sent the status, and
-// that is all there is to it. A file that the server writes now and then would be out of
-// date as often as not, and would be written for nobody most of the time. That the socket
-// refuses says that the server is gone.
+// It is a socket in the run directory, ID.sock: whoever connects is sent the status, once it
+// has said what else it wants: wantsMetrics, or nothing. A file that the server writes now and
+// then would be out of date as often as not, and would be written for nobody most of the time.
+// That the socket refuses says that the server is gone.
 type StatusServer struct {
 	listener net.Listener
 	done     sync.WaitGroup
 }
 
-// statusPatience bounds both ends: a server that is stopped does not stop who asks it.
-const statusPatience = 2 * time.Second
+const (
+	// statusClients are answered at a time: who does not listen is not in the way of who does.
+	statusClients = 32
+	// statusPatience is for one of them. Who asks has more, so that it comes to its turn.
+	statusPatience = 2 * time.Second
+	askerPatience  = 3 * time.Second
+	// statusQuestion is how long a client that says nothing may have something to say: those of older versions say
+	// nothing, and wait.
+	statusQuestion = 250 * time.Millisecond
+	// wantsMetrics is the question that has the metrics in the answer, too.
+	wantsMetrics = 'm'
+)
 
-// ServeStatus begins to answer with what status returns.
-func (c *Claim) ServeStatus(status func() MountStatus) (*StatusServer, error) {
+// ErrNoAnswer is the error of a server that is there and does not answer: it was stopped, say.
+var ErrNoAnswer = errors.New("its server does not answer")
+
+// ServeStatus begins to answer with what status returns, several at a time. To gather metrics costs something: they are
+// wanted only where somebody asked for them.
+func (c *Claim) ServeStatus(status func(metrics bool) MountStatus) (*StatusServer, error) {
 	path := c.run.file(c.id, ".sock")
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -96,7 +111,8 @@ func (r *RunDir) bySocketPath(id string, f func(short string) error) error {
 	return f(filepath.Join("/proc/self/fd", fmt.Sprint(dir.Fd()), id+".sock"))
 }
 
-func (s *StatusServer) serve(status func() MountStatus) {
+func (s *StatusServer) serve(status func(metrics bool) MountStatus) {
+	slots := make(chan struct{}, statusClients)
 	for {
 		conn, err := s.listener.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -107,11 +123,22 @@ func (s *StatusServer) serve(status func() MountStatus) {
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
-		// Who asked and does not listen does not wait.
-		_ = conn.SetDeadline(time.Now().Add(statusPatience))
-		_ = json.NewEncoder(conn).Encode(status())
-		_ = conn.Close()
+		slots <- struct{}{}
+		s.done.Go(func() {
+			defer func() { <-slots }()
+			answerStatus(conn, status)
+		})
 	}
+}
+
+// answerStatus answers one who asks. That it does not listen is its own affair.
+func answerStatus(conn net.Conn, status func(metrics bool) MountStatus) {
+	defer conn.Close()
+	_ = conn.SetReadDeadline(time.Now().Add(statusQuestion))
+	var question [1]byte
+	n, _ := conn.Read(question[:])
+	_ = conn.SetWriteDeadline(time.Now().Add(statusPatience))
+	_ = json.NewEncoder(conn).Encode(status(n == 1 && question[0] == wantsMetrics))
 }
 
 // Close ends the answering.
@@ -124,7 +151,16 @@ func (s *StatusServer) Close() error {
 // Status asks the server of the mount on dir, which is as in a Record. It says false where
 // there is none to ask.
 func (r *RunDir) Status(ctx context.Context, dir string) (status MountStatus, ok bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, statusPatience)
+	return r.askServer(ctx, dir, nil)
+}
+
+// StatusAndMetrics is Status with the Metrics.
+func (r *RunDir) StatusAndMetrics(ctx context.Context, dir string) (status MountStatus, ok bool, err error) {
+	return r.askServer(ctx, dir, []byte{wantsMetrics})
+}
+
+func (r *RunDir) askServer(ctx context.Context, dir string, question []byte) (status MountStatus, ok bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, askerPatience)
 	defer cancel()
 	err = r.bySocketPath(id(dir), func(short string) error {
 		var d net.Dialer
@@ -133,16 +169,31 @@ func (r *RunDir) Status(ctx context.Context, dir string) (status MountStatus, ok
 			return nil // it is gone, or is of a version without a status
 		}
 		defer conn.Close()
-		if deadline, has := ctx.Deadline(); has {
-			if err := conn.SetDeadline(deadline); err != nil {
-				return err
-			}
+		err = converse(ctx, conn.(*net.UnixConn), question, &status)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			err = ErrNoAnswer
 		}
-		if err := json.NewDecoder(conn).Decode(&status); err != nil {
+		if err != nil {
 			return fmt.Errorf("status of the mount on %s: %w", dir, err)
 		}
 		ok = true
 		return nil
 	})
 	return status, ok, err
+}
+
+// converse asks and reads the answer.
+func converse(ctx context.Context, conn *net.UnixConn, question []byte, status *MountStatus) error {
+	if deadline, has := ctx.Deadline(); has {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	if _, err := conn.Write(question); err != nil {
+		return err
+	}
+	if err := conn.CloseWrite(); err != nil { // that was all
+		return err
+	}
+	return json.NewDecoder(conn).Decode(status)
 }

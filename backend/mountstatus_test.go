@@ -2,6 +2,8 @@ package backend_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -34,7 +36,7 @@ func TestMountStatus(t *testing.T) {
 		}
 		now := backend.MountStatus{Layers: []backend.LayerStatus{{Digest: "sha256:00", By: "none", Size: 10}}}
 		var mu sync.Mutex
-		s, err := claim.ServeStatus(func() backend.MountStatus {
+		s, err := claim.ServeStatus(func(bool) backend.MountStatus {
 			mu.Lock()
 			defer mu.Unlock()
 			return now
@@ -64,7 +66,7 @@ func TestMountStatus(t *testing.T) {
 			t.Errorf("it has ended: %v, %v", ok, err)
 		}
 		// A server takes the place of one that was killed.
-		again, err := claim.ServeStatus(func() backend.MountStatus { return now })
+		again, err := claim.ServeStatus(func(bool) backend.MountStatus { return now })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -97,11 +99,51 @@ func TestStatusOfAStoppedServer(t *testing.T) {
 	}
 	defer l.Close()
 	begin := time.Now()
-	if _, ok, err := run.Status(t.Context(), dir); ok || err == nil || !strings.Contains(err.Error(), dir) {
+	if _, ok, err := run.Status(t.Context(), dir); ok || !errors.Is(err, backend.ErrNoAnswer) || !strings.Contains(err.Error(), dir) {
 		t.Errorf("%v, %v", ok, err)
 	}
 	if took := time.Since(begin); took > 10*time.Second {
 		t.Errorf("it took %v", took)
+	}
+}
+
+// TestStatusForWhoListens: those who ask and do not listen are not in the way of others, however long the answer is; and
+// those who ask as older versions do, which say nothing and wait, are answered.
+func TestStatusForWhoListens(t *testing.T) {
+	run := openRun(t, filepath.Join(t.TempDir(), "run"))
+	dir := t.TempDir()
+	claim, err := run.Claim(t.Context(), dir)
+	must(t, err)
+	defer claim.Release()
+	long := backend.MountStatus{Layers: []backend.LayerStatus{{Digest: strings.Repeat("x", 4<<20)}}}
+	s, err := claim.ServeStatus(func(metrics bool) backend.MountStatus {
+		now := long
+		if metrics {
+			now.Metrics = "counted 1"
+		}
+		return now
+	})
+	must(t, err)
+	defer func() { must(t, s.Close()) }()
+	path := strings.TrimSuffix(claim.LogPath(), ".log") + ".sock"
+	for range 5 {
+		deaf, err := net.Dial("unix", path)
+		must(t, err)
+		defer deaf.Close()
+	}
+	if got, ok, err := run.Status(t.Context(), dir); !ok || err != nil || !reflect.DeepEqual(got, long) {
+		t.Errorf("%v, %v", ok, err)
+	}
+	if got, ok, err := run.StatusAndMetrics(t.Context(), dir); !ok || err != nil || got.Metrics != "counted 1" || len(got.Layers) != 1 {
+		t.Errorf("with metrics: %q, %v, %v", got.Metrics, ok, err)
+	}
+	old, err := net.Dial("unix", path)
+	must(t, err)
+	defer old.Close()
+	must(t, old.SetDeadline(time.Now().Add(20*time.Second)))
+	var got backend.MountStatus
+	if err := json.NewDecoder(old).Decode(&got); err != nil || !reflect.DeepEqual(got, long) {
+		t.Errorf("an older version: %v", err)
 	}
 }
 

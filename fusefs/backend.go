@@ -87,7 +87,7 @@ func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o b
 	log := orNone(o.Log)
 	life, end := context.WithCancel(context.Background())
 	fsys := newFileSystem(life, im, log)
-	fsys.trusted, fsys.device = initial, id
+	fsys.trusted, fsys.device, fsys.failed = initial, id, o.Failed
 	if b.Revocable {
 		fsys.revoking = &revoking{}
 	}

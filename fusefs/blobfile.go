@@ -35,6 +35,7 @@ type blobFiles struct {
 	ctx     context.Context
 	sources []backend.Source
 	log     *slog.Logger
+	failed  failures
 	// whole says that no block of the image lies across the end of a source. Then
 	// what a page holds past it is nobody's.
 	whole bool
@@ -157,6 +158,7 @@ func (f *blobFiles) limit(in *fuse.ReadIn, s backend.Source) uint64 {
 // fail makes EIO of every error: a source knows of no other.
 func (f *blobFiles) fail(in *fuse.ReadIn, err error) fuse.Status {
 	if f.ctx.Err() == nil || !errors.Is(err, context.Canceled) {
+		f.failed.note(syscall.EIO)
 		logFailure(f.log, "read", syscall.EIO, err, "file", blobName(int(in.NodeId-firstBlob)), "offset", in.Offset, "bytes", in.Size)
 	}
 	return fuse.EIO

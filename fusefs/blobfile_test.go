@@ -187,12 +187,21 @@ func TestBlobErrors(t *testing.T) {
 			}
 			var said strings.Builder
 			files := newBlobFiles(ctx, backend.Volume{Primary: failing{10_000, err}}, true, slog.New(slog.NewTextHandler(&said, nil)))
+			failed := 0
+			files.failed = func(errno syscall.Errno) {
+				if errno == syscall.EIO {
+					failed++
+				}
+			}
 			in := fuse.ReadIn{InHeader: fuse.InHeader{NodeId: firstBlob}, Size: 4096}
 			if result, st := files.Read(nil, &in, make([]byte, 4096)); st != fuse.EIO || result != nil {
 				t.Errorf("%v: %v, %v", err, result, st)
 			}
 			quiet := ended && errors.Is(err, context.Canceled)
 			told := strings.Contains(said.String(), err.Error()) && strings.Contains(said.String(), "file=erofs-oci.blob")
+			if counted := failed == 1; counted == quiet || failed > 1 {
+				t.Errorf("%v, ended %v: counted %d times", err, ended, failed)
+			}
 			if told == quiet {
 				t.Errorf("%v, ended %v: logged %q", err, ended, said.String())
 			}

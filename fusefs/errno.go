@@ -45,6 +45,7 @@ func (f *fileSystem) fail(op string, node uint64, err error, where ...any) fuse.
 	case errors.Is(err, context.Canceled) && f.ctx.Err() != nil:
 		// The mount ends; nobody waits for the reason.
 	default:
+		f.failed.note(syscall.Errno(st))
 		logFailure(f.log, op, syscall.Errno(st), err, append([]any{"nid", uint64(f.ids.nid(node))}, where...)...)
 	}
 	return st

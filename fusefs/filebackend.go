@@ -135,7 +135,9 @@ func serveBlobs(v backend.Volume, whole bool, o backend.Options) (*servedBlobs, 
 	}
 	log := orNone(o.Log)
 	life, end := context.WithCancel(context.Background())
-	done, err := serve(newBlobFiles(life, v, whole, log), dev, log, true, end)
+	files := newBlobFiles(life, v, whole, log)
+	files.failed = o.Failed
+	done, err := serve(files, dev, log, true, end)
 	if err != nil {
 		end()
 		return nil, errors.Join(err, unix.Close(tree))

@@ -69,6 +69,7 @@ type fileSystem struct {
 	noOpen, noOpendir bool
 	// revoking is set if the bytes may turn out to be wrong.
 	revoking *revoking
+	failed   failures
 }
 
 func newFileSystem(ctx context.Context, im *erofsfmt.Image, log *slog.Logger) *fileSystem {

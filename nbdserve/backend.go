@@ -9,6 +9,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,9 +32,9 @@ type Backend struct {
 }
 
 // server are the options for a device whose kernel has this much patience.
-func (b Backend) server(patience time.Duration, log *slog.Logger) Options {
+func (b Backend) server(patience time.Duration, log *slog.Logger, failed func(syscall.Errno)) Options {
 	o := b.Server
-	o.Log = log
+	o.Log, o.Failed = log, failed
 	if o.ReadTimeout == 0 {
 		o.ReadTimeout = patience - min(patience/6, TimeoutMargin/2)
 	}
@@ -73,7 +74,7 @@ func (b Backend) Mount(ctx context.Context, v backend.Volume, target string, o b
 			Ioctl: b.Ioctl, Log: m.log,
 		})
 	}
-	err := m.start(v, func(int) Options { return b.server(b.Timeout, m.log) }, connect)
+	err := m.start(v, func(int) Options { return b.server(b.Timeout, m.log, o.Failed) }, connect)
 	if err != nil {
 		return nil, errors.Join(err, m.disconnect())
 	}
@@ -100,7 +101,7 @@ func (b Backend) Reattach(ctx context.Context, v backend.Volume, devices []Attac
 		}
 		return Reattach(ctx, devices[i])
 	}
-	err := m.start(v, func(i int) Options { return b.server(devices[i].Timeout, m.log) }, reattach)
+	err := m.start(v, func(i int) Options { return b.server(devices[i].Timeout, m.log, o.Failed) }, reattach)
 	if err == nil {
 		// It may have been killed before it came to this.
 		err = m.leaveToKernel(ctx)

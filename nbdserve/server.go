@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 	"unicode/utf8"
 
@@ -51,6 +52,9 @@ type Options struct {
 	TLS *tls.Config
 	// Log receives the reason of each error that a client sees as a number. Nil discards.
 	Log *slog.Logger
+	// Failed is told of each read that failed, those included that are not logged because there are too many. It is
+	// called by several at a time. Nil: nobody wants to know.
+	Failed func(syscall.Errno)
 }
 
 func (o Options) withDefaults() (Options, error) {

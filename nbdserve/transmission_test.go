@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 
@@ -212,7 +214,11 @@ func TestFailedRead(t *testing.T) {
 	for _, d := range dialects {
 		var said lines
 		g := newGated(sourcetest.Content(4096))
-		s := start(t, Export{Source: g}, Options{Log: slog.New(slog.NewTextHandler(&said, nil))})
+		var told atomic.Int64
+		s := start(t, Export{Source: g}, Options{
+			Log:    slog.New(slog.NewTextHandler(&said, nil)),
+			Failed: func(errno syscall.Errno) { told.Add(int64(errno)) },
+		})
 		k := s.enter(t, d)
 		reason := errors.New("the registry is on fire")
 		for i := range uint64(3) {
@@ -238,6 +244,9 @@ func TestFailedRead(t *testing.T) {
 		read, cached := fmt.Sprintf(of, 2048, 512), fmt.Sprintf(of, 0, 4096)
 		if log := said.String(); strings.Count(log, read) != 3 || strings.Count(log, cached) != 1 || strings.Count(log, "\n") != 4 {
 			t.Errorf("log: %s", log)
+		}
+		if n := told.Load(); n != 4*int64(syscall.EIO) {
+			t.Errorf("told of failures, whose numbers add up to %d", n)
 		}
 		if st := s.Stats(); st.Requests != 8 || st.Failed != 4 || st.Resident != 3 || st.BytesRead != 4*512 || st.Connections != 1 {
 			t.Errorf("%+v", st)

@@ -107,6 +107,9 @@ func (c *session) fail(q request, why error) {
 		return // nobody waits for it
 	}
 	c.s.failed.Add(1)
+	if c.s.o.Failed != nil {
+		c.s.o.Failed(syscall.EIO)
+	}
 	code, text := replyError(why)
 	c.s.o.Log.Error("request failed", "offset", q.offset, "bytes", q.length, "errno", syscall.Errno(code).Error(), "err", why)
 	var reply [maxPlainReply]byte

@@ -184,6 +184,7 @@ type Cache struct {
 
 	mu     sync.Mutex // guards what follows, and store.refs
 	stores map[storeKey]*store
+	past   storeCounts // of the stores that are gone
 	// orphans are open, and their files were purged or removed: nobody who opens a blob gets one of them any more.
 	orphans map[*store]struct{}
 	blobs   map[*Blob]struct{} // open ones
@@ -273,7 +274,9 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 			return nil, err
 		}
 		c.stores[key] = s
+		s.beneath = o.Beneath
 	}
+	s.beneath = s.beneath && o.Beneath
 	s.refs++
 	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
@@ -352,6 +355,7 @@ func (c *Cache) release(s *store) error {
 	if s.refs--; s.refs > 0 {
 		return nil
 	}
+	c.past.add(s)
 	delete(c.orphans, s)
 	if c.stores[s.key] == s {
 		delete(c.stores, s.key)

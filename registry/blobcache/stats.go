@@ -22,6 +22,10 @@ type CacheStats struct {
 
 	Refused int64 // chunks, fetched or from the disk, that a Verify hook did not let in
 	Damaged int64 // times that chunks on disk were not what had been written
+
+	// Blobs is what all blobs counted, those that were closed included, and Beneath the same of those that others are
+	// verified by (see OpenOptions.Beneath). Neither says anything of chunks.
+	Blobs, Beneath Stats
 }
 
 // Stats of the cache.
@@ -30,6 +34,7 @@ func (c *Cache) Stats() CacheStats {
 	if !ok {
 		used = -1 // it is just being written, or must be counted anew
 	}
+	blobs, beneath := c.counted()
 	return CacheStats{
 		Bytes:        used,
 		Limit:        c.space.limit,
@@ -39,5 +44,43 @@ func (c *Cache) Stats() CacheStats {
 		Waiting:      c.background.readers(),
 		Refused:      c.counters.refused.Load(),
 		Damaged:      c.counters.damaged.Load(),
+		Blobs:        blobs,
+		Beneath:      beneath,
 	}
+}
+
+// counted is what the stores counted, those included that are gone.
+func (c *Cache) counted() (blobs, beneath Stats) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sum := c.past
+	for _, s := range c.stores {
+		sum.add(s)
+	}
+	for s := range c.orphans {
+		sum.add(s)
+	}
+	return sum.blobs, sum.beneath
+}
+
+// storeCounts add up what stores counted.
+type storeCounts struct{ blobs, beneath Stats }
+
+// add adds a store. The caller holds the cache's mu.
+func (c *storeCounts) add(s *store) {
+	sum, st := &c.blobs, s.stats()
+	if s.beneath {
+		sum = &c.beneath
+	}
+	sum.Fetches += st.Fetches
+	sum.FetchesDemand += st.FetchesDemand
+	sum.FetchesAhead += st.FetchesAhead
+	sum.FetchesPrefetch += st.FetchesPrefetch
+	sum.BytesFetched += st.BytesFetched
+	sum.BytesDemand += st.BytesDemand
+	sum.BytesAhead += st.BytesAhead
+	sum.BytesPrefetch += st.BytesPrefetch
+	sum.BytesServed += st.BytesServed
+	sum.Hits += st.Hits
+	sum.Misses += st.Misses
 }

@@ -21,7 +21,8 @@ type store struct {
 	chunkSize int64
 	chunks    int64
 	disk      *disk
-	refs      int // guarded by Cache.mu
+	refs      int  // guarded by Cache.mu
+	beneath   bool // all who have it open are; guarded by Cache.mu
 	counters  counters
 	// present has the chunks that may be read: they are on disk, were checked, and no other process can punch a hole
 	// there, for their region is leased. Bits go up and down under mu and are read without it.

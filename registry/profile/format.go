@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 )
 
 const version = 1
@@ -33,13 +35,21 @@ func (e *FormatError) Error() string {
 
 func (e *FormatError) Unwrap() error { return e.Err }
 
-// ReadFile reads a profile from a file.
+// ReadFile reads a profile from a regular file. Anything else could keep its reader waiting, for ever perhaps: a pipe
+// that nobody writes to does so when it is opened.
 func ReadFile(name string) (*Profile, error) {
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close() // nothing was written
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: it is not a regular file", name)
+	}
 	raw, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err != nil {
 		return nil, err
@@ -299,7 +309,16 @@ func create(name string) (f *os.File, real string, err error) {
 		return nil, "", fmt.Errorf("%s: it is there, and not a regular file", name)
 	}
 	if f, err = os.CreateTemp(filepath.Dir(real), "."+filepath.Base(real)+".*"); err != nil {
-		return nil, "", fmt.Errorf("%s: %w", name, err)
+		return nil, "", fmt.Errorf("%s: %w", name, withoutPath(err))
 	}
 	return f, real, nil
+}
+
+// withoutPath is why, without the name of a file that nobody has asked for.
+func withoutPath(err error) error {
+	var at *fs.PathError
+	if errors.As(err, &at) {
+		return at.Err
+	}
+	return err
 }

@@ -6,7 +6,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // TestEncode: what a file looks like, to the byte; and it is read back.
@@ -163,6 +165,39 @@ func TestFile(t *testing.T) {
 	must(t, err)
 	if len(left) != 2 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestReadFileOnly: what is no regular file is refused, and nobody waits for who might write to it.
+func TestReadFileOnly(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	must(t, syscall.Mkfifo(fifo, 0o600))
+	for _, name := range []string{fifo, dir, "/dev/null"} {
+		failed := make(chan error, 1)
+		go func() {
+			_, err := ReadFile(name)
+			failed <- err
+		}()
+		select {
+		case err := <-failed:
+			if want := name + ": it is not a regular file"; err == nil || err.Error() != want {
+				t.Errorf("%v, want %s", err, want)
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s: its reader waits", name)
+		}
+	}
+}
+
+// TestNamesItsFile: why a file cannot be written is said of the file that was named, and of no other.
+func TestNamesItsFile(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "nosuch", "profile")
+	want := name + ": no such file or directory"
+	for what, err := range map[string]error{"CheckFile": CheckFile(name), "WriteFile": WriteFile(name, &Profile{})} {
+		if err == nil || err.Error() != want {
+			t.Errorf("%s: %v, want %s", what, err, want)
+		}
 	}
 }
 

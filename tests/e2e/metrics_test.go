@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/require"
 )
@@ -134,8 +136,10 @@ func TestMetrics(t *testing.T) {
 				{"GETs of manifests", n.sum(t, "registry_requests_total", "kind=manifest", "method=GET"), float64(stats.ManifestGETs)},
 				{"GETs of blobs", n.sum(t, "registry_requests_total", "kind=blob", "method=GET", "code=2xx"), float64(stats.BlobGETs)},
 				{"bytes of blobs", n.sum(t, "registry_received_bytes_total", "kind=blob"), float64(stats.BlobBytes)},
-				{"fetches", n.sum(t, "cache_fetches_total"), float64(stats.BlobGETs)},
-				{"bytes of fetches", n.sum(t, "cache_fetched_bytes_total"), float64(stats.BlobBytes)},
+				{"fetches", n.sum(t, "cache_fetches_total") - n.sum(t, "cache_fetches_total", "cause=metadata"), float64(stats.BlobGETs)},
+				{"bytes of fetches", n.sum(t, "cache_fetched_bytes_total") - n.sum(t, "cache_fetched_bytes_total", "cause=metadata"), float64(stats.BlobBytes)},
+				{"fetches of manifests", n.sum(t, "cache_fetches_total", "cause=metadata"), float64(stats.ManifestGETs)},
+				{"bytes of manifests", n.sum(t, "cache_fetched_bytes_total", "cause=metadata"), n.sum(t, "registry_received_bytes_total", "kind=manifest")},
 				{"bytes in the cache", n.sum(t, "layer_present_bytes"), float64(stats.BlobBytes)},
 				{"bytes verified", n.sum(t, "layer_verified_bytes"), float64(stats.BlobBytes)},
 				{"fetches by cause", n.sum(t, "registry_requests_total", "cause=demand") + n.sum(t, "registry_requests_total", "cause=readahead"), float64(stats.BlobGETs)},
@@ -254,4 +258,84 @@ func TestMetricsOfServe(t *testing.T) {
 		t.Errorf("the socket is left: %v", err)
 	}
 	s.cacheIdle()
+}
+
+// TestStoppedServers: servers that are there and do not answer are named, with what to look for, and waited for together.
+func TestStoppedServers(t *testing.T) {
+	require.Has(t, "root", "fuse")
+	s := newSession(t)
+	image, _ := s.writeImage(corpus.Get(t, "zstd"))
+	dirs := []string{s.mount(image), s.mount(image), s.mount(image), s.mount(image)}
+	var pids []int
+	var want []string
+	for _, dir := range dirs {
+		pid := s.entry(dir).PID
+		pids, want = append(pids, pid), append(want, fmt.Sprintf("the server of the mount on %s (pid %d) does not answer", dir, pid))
+	}
+	all := func(sig syscall.Signal) {
+		for _, pid := range pids {
+			must(t, syscall.Kill(pid, sig))
+		}
+	}
+	all(syscall.SIGSTOP)
+	began := time.Now()
+	r := s.run(binary, "list")
+	took := time.Since(began)
+	asked := s.run(binary, "metrics", dirs[0])
+	all(syscall.SIGCONT)
+	for i, line := range want {
+		if r.code != 1 || !strings.Contains(r.stderr, line) || !strings.Contains(r.stdout, dirs[i]) {
+			t.Errorf("list: %+v, want %s", r, line)
+		}
+	}
+	if took > 9*time.Second { // 12 s one after the other, 3 s together
+		t.Errorf("list took %v", took)
+	}
+	wantLine(t, asked, want[0])
+	for _, dir := range dirs {
+		s.must("umount", dir)
+	}
+	s.nothingLeft(dirs[0])
+}
+
+// TestMetricsOfFailures: each read that fails is counted, with the errno that the reader of our own file system sees; the
+// kernel's EROFS sees EIO.
+func TestMetricsOfFailures(t *testing.T) {
+	require.Has(t, "root", "fuse", "kernel-erofs")
+	for _, kind := range []string{"fuse", "file"} {
+		t.Run(kind, func(t *testing.T) {
+			im, s := served(t)
+			dir := s.mount(im.ref, "--backend="+kind, "--prefetch=meta")
+			st := s.prefetched(dir, backend.PrefetchDone)
+			n := s.metrics(dir)
+			if n.sum(t, "prefetch_state", "state=done") != 1 || n.sum(t, "prefetch_state") != 1 ||
+				n.sum(t, "prefetch_wanted_bytes") != float64(st.Wanted) || n.sum(t, "prefetch_fetched_bytes") != float64(st.Fetched) || st.Fetched == 0 {
+				t.Errorf("list says %+v, metrics %+v", st, n)
+			}
+			if n.sum(t, "read_errors_total") != 0 {
+				t.Errorf("before anything failed: %+v", n)
+			}
+			s.must("umount", dir)
+			im.Stop()
+			dir = s.target()
+			if r := s.run(binary, "mount", "--backend="+kind, "--offline", im.ref, dir); r.code != 0 {
+				t.Fatalf("%+v", r) // it says what is not here
+			}
+			f, err := os.Open(filepath.Join(dir, bigFile))
+			must(t, err)
+			const reads = 5
+			for i := range int64(reads) {
+				if _, err := f.ReadAt(make([]byte, 4096), bigSize/2+i*2*chunk); !errors.Is(err, syscall.EIO) {
+					t.Errorf("what is not here: %v", err)
+				}
+			}
+			must(t, f.Close())
+			n = s.metrics(dir)
+			if failed := n.sum(t, "read_errors_total", "errno=EIO"); failed < reads || n.sum(t, "read_errors_total") != failed {
+				t.Errorf("%v were counted of %d: %+v", failed, reads, n)
+			}
+			s.must("umount", dir)
+			s.nothingLeft(dir)
+		})
+	}
 }
