@@ -8,7 +8,6 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -31,12 +30,21 @@ type space struct {
 	free  int64 // to be left free in the file system
 	grant int64
 
-	mu      sync.Mutex   // goes with the lock of the directory, which is the file's and not a goroutine's
-	taking  sync.Mutex   // guards what follows; who only counts reads the numbers without it
+	mu      turn         // goes with the lock of the directory, which is the file's and not a goroutine's
+	taking  turn         // guards what follows; who only counts reads the numbers without it
 	left    atomic.Int64 // granted, not used yet
 	writing atomic.Int64 // used, but may not be in the files yet
 	refused time.Time    // until when there is no room
 }
+
+// A turn is a mutex for who may wait long while he has it, for another process: a clock of tests goes on meanwhile, as it
+// does not while somebody waits for a sync.Mutex.
+type turn chan struct{}
+
+func newTurn() turn { return make(turn, 1) }
+
+func (t turn) Lock()   { t <- struct{}{} }
+func (t turn) Unlock() { <-t }
 
 // use has n bytes of what is left be written, and unuse says that they are. The one is added to before the other is
 // taken from, so that who counts meanwhile finds too much rather than too little.
@@ -80,7 +88,7 @@ func newSpace(c *Cache) (*space, error) {
 		return nil, fmt.Errorf("statfs %s: %w", c.dir.Name(), err)
 	}
 	total := int64(st.Blocks) * st.Frsize
-	s := &space{c: c, limit: c.options.MaxBytes, free: c.options.MinFree}
+	s := &space{c: c, limit: c.options.MaxBytes, free: c.options.MinFree, mu: newTurn(), taking: newTurn()}
 	if s.limit == 0 {
 		s.limit = min(total/100*defaultShare, defaultMost)
 	}
