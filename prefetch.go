@@ -65,6 +65,8 @@ func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
 	switch {
 	case c.IsSet("prefetch") && o.mode == "":
 		return o, usagef("--prefetch needs none, meta, all or the path of a profile")
+	case c.IsSet("prefetch-rate") && o.rate == "", c.IsSet("prefetch-budget") && o.budget == "":
+		return o, usagef("--prefetch-rate and --prefetch-budget need a size, as 64MiB")
 	case o.mode == prefetchNone:
 		o.mode = ""
 	}

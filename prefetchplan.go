@@ -211,7 +211,11 @@ func (p *prefetcher) metadataOf(ctx context.Context, l *layerSource) (err error)
 			}
 			return p.bringAll(ctx, pieces, func(bad piece) { src.bad = append(src.bad, bad) })
 		})
-	p.log.Debug("the metadata of a layer was fetched", "blob", l.digest, "bytes", stats.Bytes, "err", errors.Join(err, stats.Err))
+	if why := errors.Join(err, stats.Err); why != nil {
+		p.log.Debug("not all metadata of a layer was fetched", "blob", l.digest, "bytes", stats.Bytes, "err", why)
+	} else {
+		p.log.Debug("the metadata of a layer was fetched", "blob", l.digest, "bytes", stats.Bytes)
+	}
 	var format *erofsfmt.FormatError
 	switch {
 	case errors.As(err, &format):
