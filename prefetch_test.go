@@ -113,6 +113,21 @@ func TestPrefetchBudget(t *testing.T) {
 	}
 }
 
+// A layer that is in an image twice is fetched, and counted, once.
+func TestPrefetchOfALayerTwice(t *testing.T) {
+	const size = 3 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: testChunk}), false)
+	r, err := p.open(t, verifyAuto)
+	must(t, err)
+	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}}
+	o.startPrefetch(prefetchOptions{mode: prefetchAll}, slog.New(slog.DiscardHandler))
+	defer o.prefetch.Close()
+	o.prefetch.done.Wait()
+	if st := o.prefetch.Status(); st.State != backend.PrefetchDone || st.Wanted != size || st.Fetched != size {
+		t.Errorf("%+v, want %d bytes", st, size)
+	}
+}
+
 // A cache fetches units, and those that are larger than a piece count whole, and once.
 func TestPrefetchBudgetOfLargeUnits(t *testing.T) {
 	const size, unit = 18<<20 + 5, 8 << 20
