@@ -330,7 +330,7 @@ func TestCutPiecesAtUnits(t *testing.T) {
 }
 
 // Bytes that are wrong are told from a network in trouble.
-func TestIsRefused(t *testing.T) {
+func TestOfOneChunk(t *testing.T) {
 	for _, c := range []struct {
 		err  error
 		want bool
@@ -338,7 +338,7 @@ func TestIsRefused(t *testing.T) {
 		{nil, false}, {errors.New("something"), false}, {&net.DNSError{IsTemporary: true}, false},
 		{fmt.Errorf("chunk: %w", judged{}), true}, {errors.Join(integrity.ErrCorrupt, os.ErrClosed), false},
 	} {
-		if got := isRefused(c.err); got != c.want {
+		if got := blobcache.OfOneChunk(c.err); got != c.want {
 			t.Errorf("%v: %v", c.err, got)
 		}
 	}
