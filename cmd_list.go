@@ -150,7 +150,11 @@ func perCent(part, of int64) string {
 	if of <= 0 {
 		return "-"
 	}
-	return fmt.Sprintf("%d%%", 100*part/of)
+	n := int64(100 * float64(part) / float64(of)) // which does not overflow, but rounds
+	if part < of {
+		n = min(n, 99)
+	}
+	return fmt.Sprintf("%d%%", n)
 }
 
 // listAll returns what is recorded and what is stray.

@@ -80,3 +80,18 @@ func TestStraysOfUnreadRecords(t *testing.T) {
 		t.Errorf("%v, %v", got, err)
 	}
 }
+
+// What is not all of it is not 100 %, and no number is too large.
+func TestPerCent(t *testing.T) {
+	for _, c := range []struct {
+		part, of int64
+		want     string
+	}{
+		{0, 0, "-"}, {0, 1, "0%"}, {1, 3, "33%"}, {29, 100, "29%"}, {99, 100, "99%"}, {999, 1000, "99%"}, {1, 1, "100%"},
+		{1<<62 - 1, 1 << 62, "99%"}, {1 << 62, 1 << 62, "100%"}, {1 << 61, 1 << 62, "50%"},
+	} {
+		if got := perCent(c.part, c.of); got != c.want {
+			t.Errorf("%d of %d: %s, want %s", c.part, c.of, got, c.want)
+		}
+	}
+}

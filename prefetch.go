@@ -161,9 +161,11 @@ func (o *opened) startPrefetch(how prefetchOptions, log *slog.Logger) {
 		return
 	}
 	p := &prefetcher{cache: o.cache, how: how, log: log, sizes: map[*layerSource]int64{}}
+	seen := map[string]bool{} // a layer may be there twice
 	for i := range o.layers {
 		l := &o.layers[i]
-		if l.blob.cached != nil && l.blob.size > 0 { // else it was fetched whole
+		if l.blob.cached != nil && l.blob.size > 0 && !seen[l.blob.digest] { // else it was fetched whole
+			seen[l.blob.digest] = true
 			p.layers, p.sizes[l.blob] = append(p.layers, l.blob), l.profileSize()
 		}
 	}

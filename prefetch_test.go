@@ -113,6 +113,21 @@ func TestPrefetchBudget(t *testing.T) {
 	}
 }
 
+// A layer that is in an image twice is fetched, and counted, once.
+func TestPrefetchOfALayerTwice(t *testing.T) {
+	const size = 3 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: testChunk}), false)
+	r, err := p.open(t, verifyAuto)
+	must(t, err)
+	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}}
+	o.startPrefetch(prefetchOptions{mode: prefetchAll}, slog.New(slog.DiscardHandler))
+	defer o.prefetch.Close()
+	o.prefetch.done.Wait()
+	if st := o.prefetch.Status(); st.State != backend.PrefetchDone || st.Wanted != size || st.Fetched != size {
+		t.Errorf("%+v, want %d bytes", st, size)
+	}
+}
+
 // A cache fetches units, and those that are larger than a piece count whole, and once.
 func TestPrefetchBudgetOfLargeUnits(t *testing.T) {
 	const size, unit = 18<<20 + 5, 8 << 20
@@ -315,7 +330,7 @@ func TestCutPiecesAtUnits(t *testing.T) {
 }
 
 // Bytes that are wrong are told from a network in trouble.
-func TestIsRefused(t *testing.T) {
+func TestOfOneChunk(t *testing.T) {
 	for _, c := range []struct {
 		err  error
 		want bool
@@ -323,7 +338,7 @@ func TestIsRefused(t *testing.T) {
 		{nil, false}, {errors.New("something"), false}, {&net.DNSError{IsTemporary: true}, false},
 		{fmt.Errorf("chunk: %w", judged{}), true}, {errors.Join(integrity.ErrCorrupt, os.ErrClosed), false},
 	} {
-		if got := isRefused(c.err); got != c.want {
+		if got := blobcache.OfOneChunk(c.err); got != c.want {
 			t.Errorf("%v: %v", c.err, got)
 		}
 	}

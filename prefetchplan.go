@@ -292,8 +292,8 @@ func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
 	return p.bringAll(ctx, pieces, func(piece) {})
 }
 
-// bringAll is bring for who wants to know what turned out to be wrong. That is left out, for the next time; any other
-// error ends it, when what has begun has ended.
+// bringAll is bring for who wants to know what turned out to be wrong, or is another process's just now. That is left
+// out, for the next time; any other error ends it, when what has begun has ended.
 func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
 	var group errgroup.Group
 	group.SetLimit(p.how.atOnce())
@@ -304,7 +304,7 @@ func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piec
 				return nil
 			}
 			err := p.bringPiece(ctx, next)
-			if isRefused(err) {
+			if blobcache.OfOneChunk(err) {
 				err = p.bringSingly(ctx, next, bad)
 			}
 			if err != nil {
@@ -316,7 +316,7 @@ func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piec
 	return group.Wait()
 }
 
-// bringSingly has the chunks of a piece fetched one by one: some are wrong, and the others are not to go without.
+// bringSingly has the chunks of a piece fetched one by one: some cannot be had, and the others are not to go without.
 func (p *prefetcher) bringSingly(ctx context.Context, all piece, bad func(piece)) error {
 	unit, end := all.layer.cached.Unit(), all.off+all.n
 	for off := all.off; off < end; {
@@ -324,7 +324,7 @@ func (p *prefetcher) bringSingly(ctx context.Context, all piece, bad func(piece)
 		one := piece{all.layer, off, next - off}
 		off = next
 		err := p.bringPiece(ctx, one)
-		if err != nil && !isRefused(err) {
+		if err != nil && !blobcache.OfOneChunk(err) {
 			return err
 		}
 		if err != nil {
@@ -401,15 +401,4 @@ func (p *prefetcher) setAside(err error) {
 	if p.aside == nil {
 		p.aside = err
 	}
-}
-
-// isRefused says of an error that bytes came and were wrong. Only what judges bytes can tell whether others may be
-// right; errors of networks have a method Temporary, too, but never without Timeout.
-func isRefused(err error) bool {
-	var judge interface{ Temporary() bool }
-	if !errors.As(err, &judge) {
-		return false
-	}
-	_, network := judge.(interface{ Timeout() bool })
-	return !network
 }

@@ -46,6 +46,8 @@ const (
 	// to each other.
 	maxWalkDirs    = 1 << 20
 	maxWalkEntries = 1 << 26
+	// fewEntries is how many are looked at in any image, beside one for each of its bytes: an entry has 13 at least.
+	fewEntries = 1 << 20
 )
 
 // MetadataStats count what was loaded.
@@ -108,7 +110,7 @@ func newLoader(src ReaderAt, o MetadataOptions, fetch func(ctx context.Context, 
 	unit := (max(o.Unit, 1) + pageSize - 1) &^ (pageSize - 1) // metadata is read by the page
 	return &loader{
 		gate: &gate{src: src, unit: unit}, gap: max(o.Gap, 0), fetch: fetch, seen: map[uint64]uint64{},
-		maxDirs: maxWalkDirs, maxEntries: maxWalkEntries,
+		maxDirs: maxWalkDirs, maxEntries: min(maxWalkEntries, fewEntries+min(src.Size(), maxWalkEntries)),
 	}
 }
 

@@ -361,6 +361,22 @@ func TestMetadataOfAmplifier(t *testing.T) {
 	}
 }
 
+// One entry is looked at for each byte of an image, or a million: a small one that has more has them from a block that a
+// chunk table names again and again.
+func TestMetadataOfASmallAmplifier(t *testing.T) {
+	for size, want := range map[int64]int64{0: 1 << 20, 8 << 10: 1<<20 + 8<<10, 1 << 26: 1 << 26, 1 << 60: 1 << 26} {
+		if got := newLoader(unread(size), MetadataOptions{}, nil).maxEntries; got != want {
+			t.Errorf("%d entries of %d bytes, want %d", got, size, want)
+		}
+	}
+}
+
+// unread is a source that is not read.
+type unread int64
+
+func (s unread) Size() int64                               { return int64(s) }
+func (unread) ReadAt(context.Context, []byte, int64) error { return errors.New("read") }
+
 // probeMetadata loads the metadata of what may be hostile: it ends, asks for each byte once, and has no errors but those
 // that the package promises.
 func probeMetadata(t testing.TB, data []byte) {

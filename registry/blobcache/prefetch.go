@@ -243,6 +243,10 @@ func mayComeYet(err error) bool {
 	return errors.Is(err, errAbandoned) || errors.Is(err, errLocked) || errors.As(err, &refused) && refused.temporary()
 }
 
+// OfOneChunk says of an error of Prefetch that it is of one chunk, and nothing is wrong with how others are had: it came
+// and was wrong, or another process is at it.
+func OfOneChunk(err error) bool { return judgement(err) != nil || errors.Is(err, errLocked) }
+
 // noRoom makes the error of a full disk one that says so.
 func noRoom(err error) error {
 	if full(err) {

@@ -3,6 +3,7 @@ package blobcache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"slices"
@@ -10,6 +11,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // What cannot be kept is not fetched on and on; those who read have it.
@@ -331,5 +334,20 @@ func TestDamagedIsCounted(t *testing.T) {
 	}
 	if got, want := s.asked(), []request{{0, 4 * cs}, {2 * cs, cs}}; !slices.Equal(got, want) {
 		t.Errorf("requests %v, want %v", got, want)
+	}
+}
+
+// What is the matter with one chunk is told from what is the matter with all.
+func TestOfOneChunk(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{nil, false}, {errServer, false}, {errAbandoned, false}, {noRoom(unix.ENOSPC), false},
+		{fmt.Errorf("prefetch: %w", errLocked), true},
+	} {
+		if got := OfOneChunk(c.err); got != c.want {
+			t.Errorf("%v: %v", c.err, got)
+		}
 	}
 }

@@ -25,8 +25,8 @@ func TestEncode(t *testing.T) {
 			[]Blob{{da, 100, []Read{{0, 20, 10}, {0, 0, 10}, {1, 30, 10}, {0, 10, 10}}}}},
 		{"overlapping", `{"version":1,"blobs":{"A":{"size":100,"reads":[[0,20,10],[1,10,10],[2,30,10],[3,0,10],[4,40,60]]}}}`,
 			[]Blob{{da, 100, []Read{{5, 0, 100}, {4, 10, 30}, {1, 20, 10}}}}},
-		{"the largest", `{"version":1,"blobs":{"A":{"size":9223372036854775807,"reads":[[0,9223372036854775806,1]]}}}`,
-			[]Blob{{da, 1<<63 - 1, []Read{{maxOrder, 1<<63 - 2, 1}}}}},
+		{"the largest", `{"version":1,"blobs":{"A":{"size":281474976710656,"reads":[[0,281474976710655,1]]}}}`,
+			[]Blob{{da, 1 << 48, []Read{{maxOrder, 1<<48 - 1, 1}}}}},
 		{"not joined", `{"version":1,"blobs":{"A":{"size":9,"reads":[[0,0,3],[2,3,3]]},"B":{"size":9,"reads":[[1,3,3]]}}}`,
 			[]Blob{{da, 9, []Read{{0, 0, 3}, {4, 3, 3}}}, {db, 9, []Read{{2, 3, 3}}}}},
 	} {

@@ -37,6 +37,9 @@ type Range struct {
 // maxOrder bounds orders on their way in, so that they can be added.
 const maxOrder = 1<<31 - 1
 
+// maxSize bounds the size of a blob: those of all that a profile may have can be added.
+const maxSize = 1 << 48
+
 // New makes a profile of blobs whose reads may overlap, come one after the other in any way, and have the same order:
 // then the digest and the offset decide. A byte in several has the lowest order.
 func New(blobs []Blob) (*Profile, error) {
@@ -62,8 +65,8 @@ func (b *Blob) check() error {
 	if err := checkDigest(b.Digest); err != nil {
 		return err
 	}
-	if b.Size < 0 {
-		return fmt.Errorf("blob %s: its size is %d", b.Digest, b.Size)
+	if b.Size < 0 || b.Size > maxSize {
+		return fmt.Errorf("blob %s: its size is %d, which is not between 0 and %d", b.Digest, b.Size, int64(maxSize))
 	}
 	for _, r := range b.Reads {
 		if err := r.check(b.Size); err != nil {

@@ -10,12 +10,13 @@ import (
 // TestNewRefuses: what a profile cannot have.
 func TestNewRefuses(t *testing.T) {
 	for want, blobs := range map[string][]Blob{
-		"is there twice":         {{da, 1, nil}, {da, 1, nil}},
-		"not a digest":           {{"sha256:" + strings.Repeat("A", 64), 1, nil}},
-		"its size is -1":         {{da, -1, nil}},
-		"does not lie":           {{da, 10, []Read{{0, 10, 1}}}},
-		"the order -1":           {{da, 10, []Read{{-1, 0, 1}}}},
-		"of 9223372036854775807": {{da, 10, []Read{{0, 1, 1<<63 - 1}}}},
+		"is there twice":              {{da, 1, nil}, {da, 1, nil}},
+		"not a digest":                {{"sha256:" + strings.Repeat("A", 64), 1, nil}},
+		"its size is -1":              {{da, -1, nil}},
+		"its size is 281474976710657": {{da, 1<<48 + 1, nil}},
+		"does not lie":                {{da, 10, []Read{{0, 10, 1}}}},
+		"the order -1":                {{da, 10, []Read{{-1, 0, 1}}}},
+		"of 9223372036854775807":      {{da, 10, []Read{{0, 1, 1<<63 - 1}}}},
 	} {
 		if _, err := New(blobs); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %s", err, want)

@@ -12,8 +12,9 @@ import (
 type Recorder struct {
 	changed chan struct{} // has a token when something was touched that nobody was told of
 
+	from *Profile // nil, or what comes before all that is touched
+
 	mu      sync.Mutex // guards what follows, and bits going up
-	from    *Profile   // nil, or what comes before all that is touched
 	blobs   []*Touches // in the order of Recorder.Blob
 	regions []region   // in the order of their first touch
 }
@@ -43,7 +44,7 @@ type Touches struct {
 	size, unit int64
 	perRegion  int64  // units
 	touched    bitmap // units
-	begun      bitmap // regions; guarded by Recorder.mu
+	begun      bitmap // regions
 }
 
 // Blob adds a blob, of which reads count as whole units. It is to be called in the order of the layers. A blob that is
@@ -116,9 +117,10 @@ func (r *Recorder) Changed() <-chan struct{} { return r.changed }
 // Profile is what was touched so far.
 func (r *Recorder) Profile() (*Profile, error) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
+	touched, regions := r.blobs, r.regions // both only grow: who touches something new need not wait for the rest
+	r.mu.Unlock()
 	reads := make(map[*Touches][]Read)
-	for order, g := range r.order() {
+	for order, g := range inOrder(touched, regions) {
 		first := g.n * g.blob.perRegion
 		for u := first; u < min(first+g.blob.perRegion, divideUp(g.blob.size, g.blob.unit)); u++ {
 			if g.blob.touched.has(u) {
@@ -128,7 +130,7 @@ func (r *Recorder) Profile() (*Profile, error) {
 		}
 	}
 	var blobs []Blob
-	for _, t := range r.blobs {
+	for _, t := range touched {
 		blobs = append(blobs, Blob{t.digest, t.size, reads[t]})
 	}
 	p, err := New(blobs)
@@ -138,16 +140,16 @@ func (r *Recorder) Profile() (*Profile, error) {
 	return Merge(r.from, p)
 }
 
-// order is that of the regions in a profile: see the package's documentation. The caller holds r.mu.
-func (r *Recorder) order() []region {
+// inOrder gives the regions in the order of a profile: see the package's documentation.
+func inOrder(blobs []*Touches, regions []region) []region {
 	var order []region
-	for _, t := range r.blobs {
+	for _, t := range blobs {
 		if len(t.begun) > 0 && t.begun.has(0) {
 			order = append(order, region{t, 0})
 		}
 	}
 	heads := len(order)
-	for _, g := range r.regions {
+	for _, g := range regions {
 		if g.n > 0 {
 			order = append(order, g)
 		}

@@ -3,6 +3,7 @@ package profile
 import (
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -233,6 +234,42 @@ func TestRecorderRace(t *testing.T) {
 	for _, b := range p.Blobs {
 		if got, want := b.Bytes(), int64((units+2)/3*unit); got != want {
 			t.Errorf("%s: %d bytes, want %d", b.Digest, got, want)
+		}
+	}
+}
+
+// TestProfileDoesNotStopReaders: what makes a profile of what was touched does not have those wait who touch something.
+func TestProfileDoesNotStopReaders(t *testing.T) {
+	const units = 1 << 19
+	r := NewRecorder(nil)
+	b, err := r.Blob(da, units*4096, 4096)
+	must(t, err)
+	for u := int64(0); u < units; u += 2 {
+		b.Touch(u*4096, 1)
+	}
+	done := make(chan error)
+	go func() {
+		p, err := r.Profile()
+		if err == nil && len(p.Blobs[0].Reads) != units/2 {
+			err = fmt.Errorf("%d reads", len(p.Blobs[0].Reads))
+		}
+		done <- err
+	}()
+	for free, held := 0, 0; ; runtime.Gosched() {
+		select {
+		case err := <-done:
+			must(t, err)
+			if held > free/10 {
+				t.Errorf("of %d looks %d found it locked", free+held, held)
+			}
+			return
+		default:
+		}
+		if r.mu.TryLock() {
+			free++
+			r.mu.Unlock()
+		} else {
+			held++
 		}
 	}
 }
