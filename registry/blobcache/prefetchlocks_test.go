@@ -32,7 +32,9 @@ func TestPrefetchLocksNothingBeforeItBegins(t *testing.T) {
 		reader := read(ctx, a, s, 50*cs, cs)
 		mustWait(t, "a reader of this process", reader)
 		mustAsk(t, s, spans([2]int64{5, 6}, [2]int64{0, 5}, [2]int64{50, 51})...)
-		mustEnd(t, "a reader in the other process of what nobody fetches", read(ctx, b, s, 7*cs, cs), nil)
+		theirReader := read(ctx, b, s, 7*cs, cs)
+		time.Sleep(mostPause) // for locks that are held for a moment
+		mustEnd(t, "a reader in the other process of what nobody fetches", theirReader, nil)
 		close(demand)
 		mustEnd(t, "a reader of this process", reader, nil)
 		close(theirs)
@@ -58,6 +60,7 @@ func TestPrefetchesDoNotLockEachOtherOut(t *testing.T) {
 		far = append(far, prefetching(ctx, a, 0, 10*cs), prefetching(ctx, b, 20*cs, 10*cs))
 		synctest.Wait()
 		one, two := read(ctx, a, s, 27*cs, cs), read(ctx, b, s, 7*cs, cs)
+		time.Sleep(mostPause)
 		mustEnd(t, "a reader of what the other one prefetches", one, nil)
 		mustEnd(t, "the other one", two, nil)
 		close(gate)
