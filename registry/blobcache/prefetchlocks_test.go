@@ -113,7 +113,7 @@ func TestPrefetchAtALowRateLocksNothing(t *testing.T) {
 			s := newServer(10 * cs)
 			s.whole = whole
 			dir := t.TempDir()
-			a := openBlob(t, openCacheAt(t, dir, Options{ChunkSize: cs, Readahead: -1, PrefetchRate: int64(cs * time.Second / each)}), s)
+			a := openBlob(t, openCacheAt(t, dir, Options{ChunkSize: cs, Readahead: -1, MaxPrefetches: 1, PrefetchRate: int64(cs * time.Second / each)}), s)
 			other := s
 			if whole {
 				other = newServer(10 * cs)

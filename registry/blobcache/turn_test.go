@@ -13,12 +13,12 @@ func TestWaitForTheDirectory(t *testing.T) {
 		dir := t.TempDir() + "/cache"
 		other, c := openCacheAt(t, dir, Options{}), openCacheAt(t, dir, Options{})
 		held, free := make(chan struct{}), make(chan struct{})
+		done := make(chan error, 4)
 		go func() {
-			_ = other.space.locked(ctx, func() error { close(held); <-free; return nil })
+			done <- other.space.locked(ctx, func() error { close(held); <-free; return nil })
 		}()
 		<-held
-		done := make(chan error, 3)
-		for range cap(done) {
+		for range cap(done) - 1 {
 			go func() { done <- c.space.locked(ctx, func() error { return nil }) }()
 		}
 		began := time.Now()
