@@ -13,6 +13,7 @@ import (
 	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
 	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
+	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
 // A sieve is an image of which some ranges are here.
@@ -399,9 +400,7 @@ func probeMetadata(t testing.TB, data []byte) {
 
 // A file costs no memory.
 func TestMetadataMemory(t *testing.T) {
-	if testing.Short() {
-		t.Skip("the race detector, which is run with -short, has memory of its own")
-	}
+	require.Long(t, "makes an image of 200,000 files")
 	const files = 200_000
 	var image growing
 	b, err := mkerofs.New(&image, mkerofs.Options{MetadataOnly: true})

@@ -10,33 +10,6 @@ import (
 	"time"
 )
 
-// Two processes that prefetch all, with 50 readers each: no byte leaves the server twice, and all of both are right.
-func TestProcessesPrefetchOnce(t *testing.T) {
-	for name, ahead := range map[string]int64{"demand": -1, "readahead": 64 * cs} {
-		t.Run(name, func(t *testing.T) {
-			const size = 900*cs + 100
-			s := newServer(size)
-			dir := t.TempDir()
-			e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 50, Reads: 20, Most: 3 * cs, Prefetch: true,
-				Options: errandOptions{ChunkSize: cs, MaxSpan: 8 * cs, Readahead: ahead}}
-			a := spawn(t, e)
-			e.Seed = 1
-			b := spawn(t, e)
-			a.start(t)
-			b.start(t)
-			a.finish(t)
-			b.finish(t)
-			s.checkOnce(t)
-			if got := checkSound(t, dir); got != 901 {
-				t.Errorf("%d chunks are kept, want all", got)
-			}
-			if len(s.asked()) < 50 {
-				t.Errorf("%d requests: the test shows nothing", len(s.asked()))
-			}
-		})
-	}
-}
-
 // A process is killed in the midst of its prefetch: what it had locked and not brought is brought by the next one, also
 // by one that was waiting for it.
 func TestKilledPrefetch(t *testing.T) {

@@ -229,15 +229,27 @@ func checkSound(t *testing.T, dir string) (chunks int64) {
 	return chunks
 }
 
-// Two processes, one blob, 50 readers each, nothing there: no byte leaves the server twice, and all of both are right.
+// Two processes, one blob, 50 readers each, nothing there: no byte leaves the server twice, and all of both are right; also
+// where both prefetch all of it, which is here then.
 func TestProcessesFetchOnce(t *testing.T) {
-	for name, ahead := range map[string]int64{"demand": -1, "readahead": 64 * cs} {
-		t.Run(name, func(t *testing.T) {
-			const size = 900*cs + 100
+	const chunks, size = 901, 900*cs + 100
+	for _, c := range []struct {
+		name     string
+		ahead    int64
+		most     int // bytes of a read
+		prefetch bool
+		kept     int64 // chunks, at least
+	}{
+		{"demand", -1, 9 * cs, false, 800},
+		{"readahead", 64 * cs, 9 * cs, false, 800},
+		{"prefetch", -1, 3 * cs, true, chunks},
+		{"prefetch and readahead", 64 * cs, 3 * cs, true, chunks},
+	} {
+		t.Run(c.name, func(t *testing.T) {
 			s := newServer(size)
 			dir := t.TempDir()
-			e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 50, Reads: 20, Most: 9 * cs,
-				Options: errandOptions{ChunkSize: cs, MaxSpan: 8 * cs, Readahead: ahead}}
+			e := errand{Dir: dir, URL: serve(t, s), Size: size, Readers: 50, Reads: 20, Most: c.most, Prefetch: c.prefetch,
+				Options: errandOptions{ChunkSize: cs, MaxSpan: 8 * cs, Readahead: c.ahead}}
 			a := spawn(t, e)
 			e.Seed = 1
 			b := spawn(t, e)
@@ -246,8 +258,8 @@ func TestProcessesFetchOnce(t *testing.T) {
 			a.finish(t)
 			b.finish(t)
 			s.checkOnce(t)
-			if got := checkSound(t, dir); got < 800 {
-				t.Errorf("%d chunks are kept", got)
+			if got := checkSound(t, dir); got < c.kept || got > chunks {
+				t.Errorf("%d chunks are kept, want %d to %d", got, c.kept, chunks)
 			}
 			if len(s.asked()) < 50 {
 				t.Errorf("%d requests: the test shows nothing", len(s.asked()))

@@ -30,17 +30,23 @@ func Root(t testing.TB) string {
 // FetchRoot is Root for programs that are no tests.
 func FetchRoot(ctx context.Context) (string, error) {
 	return keep(ctx, "root", func(ctx context.Context, dir string) error {
-		suite, err := codename()
-		if err != nil {
-			return err
-		}
-		mirror, err := Mirror(ctx)
-		if err != nil {
-			return err
-		}
-		_, err = output(exec.CommandContext(ctx, "debootstrap", "--foreign", "--variant=minbase", suite, dir, mirror))
-		return err
+		return bootstrap(ctx, dir, "--foreign")
 	})
+}
+
+// bootstrap makes dir the root of the smallest Debian, of the release that this machine runs.
+func bootstrap(ctx context.Context, dir string, options ...string) error {
+	suite, err := codename()
+	if err != nil {
+		return err
+	}
+	mirror, err := Mirror(ctx)
+	if err != nil {
+		return err
+	}
+	args := append(options, "--variant=minbase", suite, dir, mirror)
+	_, err = output(exec.CommandContext(ctx, "debootstrap", args...))
+	return err
 }
 
 // Python returns the directory of a Debian root file system in which python3 runs,
@@ -58,15 +64,7 @@ func Python(t testing.TB) string {
 // FetchPython is Python for programs that are no tests.
 func FetchPython(ctx context.Context) (string, error) {
 	return keep(ctx, "python", func(ctx context.Context, dir string) error {
-		suite, err := codename()
-		if err != nil {
-			return err
-		}
-		mirror, err := Mirror(ctx)
-		if err != nil {
-			return err
-		}
-		if _, err := output(exec.CommandContext(ctx, "debootstrap", "--variant=minbase", "--include=python3", suite, dir, mirror)); err != nil {
+		if err := bootstrap(ctx, dir, "--include=python3"); err != nil {
 			return err
 		}
 		return forgetPackages(dir)

@@ -18,9 +18,7 @@ import (
 // TestExtract: what comes out of each image of the corpus equals what the kernel
 // shows of it, and what GNU tar reads of the archive equals that.
 func TestExtract(t *testing.T) {
-	if testing.Short() {
-		t.Skip("unpacks large images")
-	}
+	require.Long(t, "unpacks every image of the corpus")
 	require.Has(t, "root")
 	s := newSession(t)
 	for _, im := range corpus.Images(t) {

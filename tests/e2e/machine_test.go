@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/erofs-oci/erofs-oci/tests/built"
 	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/tree"
 )
@@ -23,30 +23,7 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "erofs-oci-e2e-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		// Plain users of the tests run these, too.
-		if err := os.Chmod(dir, 0o755); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		binary, demo = filepath.Join(dir, "erofs-oci"), filepath.Join(dir, "demo")
-		for out, pkg := range map[string]string{binary: ".", demo: "./tests/demo"} {
-			build := exec.Command("go", "build", "-trimpath", "-o", out, pkg)
-			build.Dir = filepath.Join("..", "..")
-			build.Env = append(os.Environ(), "CGO_ENABLED=0")
-			if said, err := build.CombinedOutput(); err != nil {
-				fmt.Fprintf(os.Stderr, "build %s: %v\n%s", pkg, err, said)
-				return 1
-			}
-		}
-		return m.Run()
-	}())
+	os.Exit(built.Main(m, map[*string]string{&binary: built.ErofsOCI, &demo: built.Demo}))
 }
 
 // session is a user's environment of its own: state, cache and home directory.

@@ -133,9 +133,7 @@ func (s *session) lists(r *fakeregistry.Registry, dir string) {
 // TestPrefetchMeta: after --prefetch=meta a whole tree is listed without a request, through our reader and through the
 // kernel's, and what that took is little more than the metadata, in a few requests.
 func TestPrefetchMeta(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds large images")
-	}
+	require.Long(t, "builds large images")
 	require.Has(t, "root", "fuse", "kernel-erofs")
 	image := filepath.Join(t.TempDir(), "go.erofs")
 	s := newSession(t)
@@ -180,9 +178,7 @@ func TestPrefetchMeta(t *testing.T) {
 // TestPrefetchMetaOfMkfs: images of mkfs.erofs, whose metadata lies between their data, are listed without a request,
 // too.
 func TestPrefetchMetaOfMkfs(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds large images")
-	}
+	require.Long(t, "builds large images")
 	require.Has(t, "root", "fuse", "kernel-erofs", "mkfs.erofs", "debian")
 	root := debian.Root(t)
 	for _, c := range []struct {

@@ -77,6 +77,15 @@ func Has(t testing.TB, capabilities ...string) {
 	}
 }
 
+// Long skips the test with -short, and says what takes its time. Continuous integration runs all tests once without
+// -short, and again with it: with the race detector, and on one processor.
+func Long(t testing.TB, what string) {
+	t.Helper()
+	if testing.Short() {
+		t.Skipf("%s, which takes its time: -short is set", what)
+	}
+}
+
 // note adds the capability to the file that EROFS_OCI_SKIPS names: go test does
 // not show the skips of a package that passes, make test does.
 func note(t testing.TB, capability string) {

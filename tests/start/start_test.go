@@ -5,11 +5,11 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/erofs-oci/erofs-oci/tests/built"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/debian"
 	"github.com/erofs-oci/erofs-oci/tests/require"
@@ -19,25 +19,7 @@ import (
 // binary is erofs-oci, static, built once.
 var binary string
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "erofs-oci-start-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		binary = filepath.Join(dir, "erofs-oci")
-		build := exec.Command("go", "build", "-trimpath", "-o", binary, ".")
-		build.Dir = filepath.Join("..", "..")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if said, err := build.CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "build: %v\n%s", err, said)
-			return 1
-		}
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(built.Main(m, map[*string]string{&binary: built.ErofsOCI})) }
 
 // layouts are the images that the tests start from, by their tags.
 var layouts = map[string][]string{
