@@ -237,8 +237,9 @@ func (b *remoteBlob) again(why error) fetchFunc {
 	}
 }
 
-// exactly fetches a range, of which the body has nothing but that, whatever the server sends.
-func exactly(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser, error) {
+// fetchFrom fetches a range, of which the body begins with its first byte, whatever the server sends, and may go on behind
+// its last one.
+func fetchFrom(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser, error) {
 	body, start, _, err := fetch(ctx, off, n)
 	if err != nil {
 		return nil, err
@@ -250,6 +251,15 @@ func exactly(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser,
 	}
 	if err != nil {
 		return nil, errors.Join(err, body.Close())
+	}
+	return body, nil
+}
+
+// exactly is fetchFrom, with a body that has nothing but the range.
+func exactly(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser, error) {
+	body, err := fetchFrom(ctx, fetch, off, n)
+	if err != nil {
+		return nil, err
 	}
 	return struct {
 		io.Reader

@@ -49,7 +49,7 @@ func (w *readTwice) collect(ctx context.Context) error {
 		}
 	}
 	if t.kept == nil || w.spilled < t.Size() {
-		if err := w.spill(ctx, piece, sum, t.remoteBlob.Fetch); err != nil {
+		if err := w.spill(ctx, piece, sum, t.again(nil)); err != nil {
 			return err
 		}
 	}
@@ -83,14 +83,11 @@ func (w *readTwice) collectKept(ctx context.Context, sum hash.Hash) (unkept []by
 func (w *readTwice) collectAgain(ctx context.Context, doubt bool, why error) error {
 	w.unpin()
 	w.spilled, w.sums = 0, nil
-	fetch := w.from.remoteBlob.Fetch
-	if !doubt {
-		fetch = func(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
-			return w.from.remoteBlob.FetchElsewhere(ctx, off, n, why)
-		}
+	if doubt {
+		why = nil
 	}
 	sum := w.from.Digest().Algorithm().Hash()
-	if err := w.spill(ctx, nil, sum, fetch); err != nil {
+	if err := w.spill(ctx, nil, sum, w.from.again(why)); err != nil {
 		return err
 	}
 	return w.verify(sum)
@@ -141,11 +138,8 @@ func (f storedFetcher) Fetch(_ context.Context, off, n int64) (io.ReadCloser, in
 	return io.NopCloser(io.NewSectionReader(f, off, n)), off, st.Size(), nil
 }
 
-// An askFunc is a Fetcher's Fetch.
-type askFunc func(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
-
 // spill has the blob go to a file from w.spilled on, by one request. Of that, piece came already, and is in sum.
-func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetch askFunc) (err error) {
+func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetch fetchFunc) (err error) {
 	if w.stored == nil {
 		if w.stored, err = unnamedFile(w.opener.dir); err != nil {
 			return err
@@ -166,17 +160,11 @@ func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetc
 		return nil
 	}
 	// It is no metadata: the mount waits for its data.
-	body, start, _, err := fetch(registry.WithCause(ctx, string(blobcache.Demand)), at, size-at)
+	body, err := fetchFrom(registry.WithCause(ctx, string(blobcache.Demand)), fetch, at, size-at)
 	if err != nil {
 		return err
 	}
 	defer body.Close() // what it has was read, or is of no use
-	if start < 0 || start > at {
-		return fmt.Errorf("%d bytes at %d: the body starts at %d", size-at, at, start)
-	}
-	if _, err := io.CopyN(io.Discard, body, at-start); err != nil {
-		return err
-	}
 	// One byte more than there may be: a longer body is noticed, and is not kept.
 	n, err := io.Copy(io.MultiWriter(w.stored, sum), io.LimitReader(body, size-at+1))
 	if err != nil {
