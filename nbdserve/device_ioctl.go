@@ -186,11 +186,13 @@ const releasePause = 500 * time.Millisecond
 // disconnectAfterUse ends the device when nobody has it mounted any more: what
 // DISCONNECT_ON_CLOSE would do.
 func (d *ioctlDevice) disconnectAfterUse() error {
-	mounts, err := os.Open("/proc/self/mountinfo")
+	// Not os.Open, which has the runtime poll the file too: each change is told once to
+	// each open file, so it is gone when the runtime was first.
+	mounts, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: "/proc/self/mountinfo", Err: err}
 	}
-	defer mounts.Close()
+	defer unix.Close(mounts)
 	// A pipe that hangs up when the device has ended, for poll(2).
 	ended, ending, err := os.Pipe()
 	if err != nil {
@@ -209,7 +211,7 @@ func (d *ioctlDevice) disconnectAfterUse() error {
 		if free {
 			return d.disconnect()
 		}
-		p := []unix.PollFd{{Fd: int32(mounts.Fd()), Events: unix.POLLPRI}, {Fd: int32(ended.Fd())}}
+		p := []unix.PollFd{{Fd: int32(mounts), Events: unix.POLLPRI}, {Fd: int32(ended.Fd())}}
 		if _, err := unix.Poll(p, int(releasePause.Milliseconds())); err != nil && !errors.Is(err, unix.EINTR) {
 			return fmt.Errorf("wait for the end of the mount: %w", err)
 		}

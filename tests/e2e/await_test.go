@@ -15,12 +15,14 @@ const patience = 20 * time.Second
 // awaitMounts waits until cond holds, asking again whenever the mounts change.
 func awaitMounts(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	f, err := os.Open("/proc/self/mounts")
+	// Not os.Open, which has the runtime poll the file too: each change of the mounts
+	// is told once to each open file, so it is gone when the runtime was first.
+	fd, err := unix.Open("/proc/self/mounts", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	fds := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
+	defer unix.Close(fd)
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
 	for deadline := time.Now().Add(patience); !cond(); {
 		left := time.Until(deadline)
 		if left <= 0 {
