@@ -25,6 +25,7 @@ import (
 // The kernel shows exactly what was added.
 func TestKernelReadsImages(t *testing.T) {
 	require.Has(t, "root", "kernel-erofs")
+	require.Long(t, "has the kernel read many images")
 	for _, im := range images(t) {
 		if im.options.BlockSize > os.Getpagesize() {
 			continue // which Linux refuses
@@ -166,6 +167,7 @@ func TestFsckIsContent(t *testing.T) {
 // larger than a page.
 func TestErofsUtilsReadImages(t *testing.T) {
 	require.Has(t, "root", "fuse", "debian")
+	require.Long(t, "has erofs-utils read many images")
 	utils := debian.Mkfs(t)
 	for _, im := range images(t) {
 		if im.options.BlockSize > os.Getpagesize() {

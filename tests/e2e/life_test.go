@@ -37,6 +37,7 @@ func TestKilledServer(t *testing.T) {
 // TestBusy: umount refuses a mount in use with a reason; --lazy detaches it, and
 // its reader goes on.
 func TestBusy(t *testing.T) {
+	t.Parallel()
 	im, s, dir, f := servedAndOpen(t)
 	server := s.pidfd(dir)
 	wantLine(t, s.run(binary, "umount", dir), "busy", "--lazy")
@@ -173,6 +174,7 @@ func TestOrphan(t *testing.T) {
 
 // TestBrokenStderr: a server outlives the one who read its messages.
 func TestBrokenStderr(t *testing.T) {
+	t.Parallel()
 	im, s := served(t)
 	dir := s.target()
 	r, w, err := os.Pipe()

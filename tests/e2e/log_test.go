@@ -43,6 +43,7 @@ func ofMessage(lines []map[string]any, begin string) (some []map[string]any) {
 // TestLogOfDeadRegistry: forty readers of a registry that dies get EIO, and the log is a handful of lines: that it is
 // gone, what failed, and that it is back. It is in JSON from the first line on.
 func TestLogOfDeadRegistry(t *testing.T) {
+	t.Parallel()
 	im, s, dir, f := servedAndOpen(t, "--log-format=json", "--log-level=info", "--on-error=wait:2s")
 	shows(t, f, 0, "before")
 	im.Stop()

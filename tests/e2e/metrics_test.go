@@ -262,6 +262,7 @@ func TestMetricsOfServe(t *testing.T) {
 
 // TestStoppedServers: servers that are there and do not answer are named, with what to look for, and waited for together.
 func TestStoppedServers(t *testing.T) {
+	t.Parallel()
 	require.Has(t, "root", "fuse")
 	s := newSession(t)
 	image, _ := s.writeImage(corpus.Get(t, "zstd"))

@@ -192,6 +192,7 @@ func TestRegistryDies(t *testing.T) {
 // TestRegistryReturns: a registry that is back within the wait costs the reader
 // time, and nothing else.
 func TestRegistryReturns(t *testing.T) {
+	t.Parallel()
 	im, _, _, f := servedAndOpen(t)
 	im.Stop()
 	done := make(chan struct{})

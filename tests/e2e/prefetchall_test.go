@@ -223,6 +223,7 @@ func TestPrefetchNoRoom(t *testing.T) {
 
 // TestPrefetchInterrupted: a registry that goes away is waited for, and what it has not sent is fetched when it is back.
 func TestPrefetchInterrupted(t *testing.T) {
+	t.Parallel()
 	im, s := served(t)
 	_, size := s.layer(im.ref)
 	im.ResetStats()
@@ -384,6 +385,7 @@ func TestPrefetchRecorded(t *testing.T) {
 
 // TestPrefetchMetaNoRoom: metadata that does not fit into the cache is fetched as far as it does, and listing goes on.
 func TestPrefetchMetaNoRoom(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "go.erofs")
 	im, s := served(t)
 	if r := s.run(binary, "build", "-o", image, goTree(t)); r.code != 0 {

@@ -160,6 +160,7 @@ func TestRecord(t *testing.T) {
 
 // TestRecordKilled: a profile is there when the mount is, and what a killed server had written is whole.
 func TestRecordKilled(t *testing.T) {
+	t.Parallel()
 	im, s := served(t)
 	middle := s.chunkOf(im.ref, bigFile, bigSize/2)
 	profiles := filepath.Join(s.dir, "profiles")

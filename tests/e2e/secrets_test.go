@@ -131,6 +131,7 @@ func secretFaults() map[string]func(*fakeregistry.Registry) {
 // must show nowhere: not in arguments, not in the environment, not in what is printed,
 // nor in any file that is left.
 func TestSecrets(t *testing.T) {
+	t.Parallel()
 	require.Has(t, "root", "fuse")
 	for name, fault := range secretFaults() {
 		t.Run(name, func(t *testing.T) {

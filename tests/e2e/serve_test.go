@@ -254,6 +254,7 @@ func writeCertificate(t *testing.T, dir string) {
 // TestServeRegistryDies: the client of a dead registry gets an error, never zeros,
 // and goes on reading on the same connection when the registry is back.
 func TestServeRegistryDies(t *testing.T) {
+	t.Parallel()
 	im := serveImage(t)
 	s := newSession(t)
 	v := s.serve("--nbd", "unix:socket", "--on-error=wait:1s", im.ref)

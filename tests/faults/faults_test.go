@@ -97,7 +97,7 @@ func newBed(t *testing.T, r row) *bed {
 		o.NoProgress = shortPatience // long enough not to be met by a machine that is busy
 	}
 	if r.slow && r.verdict == fail {
-		o.ErrorWait, o.NoProgress = 3*shortPatience, shortPatience/4
+		o.ErrorWait = 3 * shortPatience // room for a second try
 	}
 	b.wait = o.ErrorWait
 	b.open(o, digest.FromBytes(blob), blobSize)
