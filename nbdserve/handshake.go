@@ -34,12 +34,10 @@ func (c *session) handshake() (proceed bool, err error) {
 		return false, err
 	}
 	flags, err := c.greet()
-	if errors.Is(err, io.EOF) {
-		return false, nil
-	}
 	if err != nil {
 		return false, err
 	}
+	c.heard = true
 	for range maxOptions {
 		next, err := c.option(flags)
 		switch {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -177,3 +178,67 @@ func (l *failing) Accept() (net.Conn, error) {
 }
 
 func (l *failing) Close() error { return nil }
+
+// TestProbe: who only looks whether somebody listens is not worth a line of the log; who
+// breaks the protocol is.
+func TestProbe(t *testing.T) {
+	for name, c := range map[string]struct {
+		client func(*net.TCPConn) error
+		said   bool
+	}{
+		"nothing": {func(c *net.TCPConn) error { return nil }, false},
+		"reset":   {func(c *net.TCPConn) error { return c.SetLinger(0) }, false},
+		"hears": {func(c *net.TCPConn) error {
+			_, err := io.ReadFull(c, make([]byte, 18))
+			return err
+		}, false},
+		"garbage": {func(c *net.TCPConn) error {
+			_, err := c.Write([]byte("GET / HTTP/1.1\r\n"))
+			return errors.Join(err, c.CloseWrite())
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			log := make(logLines, 10)
+			s, err := NewServer(Export{Source: memory("content")}, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			served := make(chan error, 1)
+			go func() { served <- s.Serve(context.Background(), l) }()
+			conn, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.client(conn.(*net.TCPConn)); err != nil {
+				t.Error(err)
+			}
+			if !c.said {
+				conn.Close()
+			} else if line := <-log; !strings.Contains(line, "client dropped") {
+				t.Errorf("the log is %q", line)
+			}
+			for st := s.Stats(); st.Connections == 0 || st.Open != 0; st = s.Stats() {
+				time.Sleep(time.Millisecond) // there is no event for what a server has not noticed
+			}
+			conn.Close()
+			if err := errors.Join(s.Close(), <-served); err != nil {
+				t.Error(err)
+			}
+			if len(log) != 0 {
+				t.Errorf("the log says %q, too", <-log)
+			}
+		})
+	}
+}
+
+// logLines are those of a log.
+type logLines chan string
+
+func (l logLines) Write(p []byte) (int, error) {
+	l <- string(p)
+	return len(p), nil
+}

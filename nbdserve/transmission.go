@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -45,6 +46,7 @@ type session struct {
 	contexts []metaContext
 
 	// The reading goroutine's own.
+	heard   bool    // the client has begun its handshake
 	batch   *buffer // replies to be written; nil if there are none
 	queue   chan job
 	started int // workers
@@ -96,9 +98,17 @@ func (c *session) serve() error {
 		err = c.reason(err)
 		c.end(nil)
 		<-c.closed
+		if !c.heard && closedByPeer(err) {
+			return nil // who looks whether somebody listens says nothing, and may not take the greeting
+		}
 		return err
 	}
 	return c.transmit()
+}
+
+// closedByPeer tells whether a connection failed because the other end closed it.
+func closedByPeer(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
 }
 
 // reason is why the session failed: the first that went wrong, not what followed
