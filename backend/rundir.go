@@ -26,7 +26,7 @@ func OpenRunDir(getenv func(string) string) (*RunDir, error) {
 		}
 		return &RunDir{dir}, nil
 	}
-	return nil, fmt.Errorf("no directory for the state of mounts; set XDG_RUNTIME_DIR to a directory of your own: %w", errors.Join(refused...))
+	return nil, fmt.Errorf("no directory for the state of mounts; set EROFS_OCI_RUN_DIR to a directory of your own: %w", errors.Join(refused...))
 }
 
 // runDirs lists where the run directory may be, the best first. Root's does not
