@@ -79,6 +79,7 @@ func (r *recording) attach(recorder *profile.Recorder, layers []openedLayer) err
 	for i := range layers {
 		l := &layers[i]
 		if l.blob.cached == nil {
+			r.log.Warn("reads of a layer are not recorded: it is fetched as a whole", "file", r.file, "blob", l.Digest)
 			continue
 		}
 		var err error

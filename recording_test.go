@@ -84,17 +84,21 @@ func TestRecording(t *testing.T) {
 	}
 }
 
-// TestRecordingWhole: of a layer that was fetched as a whole nothing is recorded.
+// TestRecordingWhole: of a layer that was fetched as a whole nothing is recorded, and the log says so.
 func TestRecordingWhole(t *testing.T) {
 	p := push(t, zeros(t, 1<<20), false)
 	r, err := p.open(t, verifyAuto)
 	must(t, err)
 	file := filepath.Join(t.TempDir(), "profile")
-	rec, err := newRecording(file, r.layers(p.Blob), r.log)
+	said := make(logLines, 10)
+	rec, err := newRecording(file, r.layers(p.Blob), slog.New(slog.NewTextHandler(said, nil)))
 	must(t, err)
 	must(t, rec.begin())
 	must(t, r.ReadAt(t.Context(), make([]byte, 10), 0))
 	must(t, rec.Close())
+	if len(said) != 1 || !strings.Contains(<-said, "not recorded: it is fetched as a whole") {
+		t.Errorf("%d lines more", len(said))
+	}
 	if got, err := profile.ReadFile(file); err != nil || len(got.Blobs) != 0 {
 		t.Errorf("%+v, %v", got, err)
 	}
