@@ -26,7 +26,7 @@ const (
 
 // A background says when flights may go on that bring what nobody waits for: never while somebody waits, in any blob
 // of the cache, for something else; so many at a time; and at a rate that all of them share. What a flight may do is
-// asked for before its fetch and before each read of its body.
+// asked for before its fetch and before each read of its body. Of those who wait in other processes an outside knows.
 //
 // A reader who waits for what the background brings itself holds back less. The flight that brings it has the network
 // alone from when its body is there; until then others read on, and new ones may ask for what comes next: a program that
@@ -299,6 +299,7 @@ func (g *background) began() int64 {
 func (f *flight) mayBegin() error {
 	s := f.blob.store
 	g := s.cache.background
+	yielded := time.Duration(0) // to other processes
 	if !f.slot {
 		if err := g.begin(f.blob.ctx, f.blob.ctx); err != nil {
 			return err
@@ -315,6 +316,10 @@ func (f *flight) mayBegin() error {
 			wait = g.delay()
 		}
 		switch {
+		case calm && wait <= 0 && yielded < longestPause && s.cache.outside.waiting():
+			began := time.Now()
+			f.sleep(glance, changed)
+			yielded += time.Since(began)
 		case calm && wait <= 0:
 			return nil
 		case calm:
@@ -340,8 +345,8 @@ func (f *flight) delay() time.Duration {
 // mayRead waits until f may read on in its body: while somebody waits for what f is to bring, at once, and then the
 // bytes are not of the background any more.
 func (f *flight) mayRead() (promoted bool, err error) {
-	g := f.blob.store.cache.background
-	if g.idle() && f.delay() <= 0 {
+	g, others := f.blob.store.cache.background, f.blob.store.cache.outside
+	if g.idle() && f.delay() <= 0 && !others.waiting() {
 		g.favor(f, false)
 		return false, nil
 	}
@@ -362,8 +367,11 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		}
 		wait := f.delay()
 		free := g.free()
-		if !free && f.rested < longestPause {
-			wait = max(wait, longestPause-f.rested)
+		outside := free && others.waiting()
+		if pause := longestPause - f.rested; !free && pause > 0 {
+			wait = max(wait, pause)
+		} else if outside && pause > 0 {
+			wait = max(wait, glance)
 		}
 		if wait <= 0 {
 			return false, nil
@@ -371,7 +379,7 @@ func (f *flight) mayRead() (promoted bool, err error) {
 		began := time.Now()
 		f.sleep(wait, changed)
 		f.slept += time.Since(began)
-		if !free {
+		if !free || outside {
 			f.rested += time.Since(began)
 		}
 	}

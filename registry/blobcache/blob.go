@@ -63,7 +63,7 @@ func (b *Blob) ReadAt(ctx context.Context, p []byte, off int64) error {
 		return nil
 	}
 	if err := b.readWaiting(ctx, p, off); err != nil {
-		return fmt.Errorf("read %d bytes at %d of %s: %w", len(p), off, s.digest, err)
+		return fmt.Errorf("read %d bytes at %d: %w", len(p), off, err) // err says of what
 	}
 	s.counters.bytesServed.Add(int64(len(p)))
 	return nil

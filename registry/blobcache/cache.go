@@ -180,6 +180,7 @@ type Cache struct {
 	unkept  sync.Once           // the log line about a disk that cannot keep what was fetched
 
 	background *background
+	outside    *outside
 	counters   cacheCounters
 
 	mu     sync.Mutex // guards what follows, and store.refs
@@ -222,6 +223,7 @@ func New(dir string, o Options) (*Cache, error) {
 		c.cancel()
 		return nil, errors.Join(fmt.Errorf("blob cache: %w", err), root.Close())
 	}
+	c.outside = &outside{file: c.space.file}
 	c.keeping.Go(c.keepHouse)
 	return c, nil
 }

@@ -47,8 +47,10 @@
 // A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second (512 KiB, as
 // long as no body has shown how much that is), or than a rate allows for a second. Its flights have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
 // as they begin, what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their
-// failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes are not
-// counted; they wait for the lock of a chunk no longer than a pause and a piece take. At a rate of less than a chunk a
+// failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes have them wait
+// in the same way, but for 2 s before a flight begins and for 2 s once its body is there: such a process may stand still, or
+// its registry. That is seen by a lock within 10 ms (see outside); who waits for the lock of a chunk does not hold it, and
+// waits no longer than a pause and a piece take. At a rate of less than a chunk a
 // second that would be long: there a flight waits before it begins, and then reads its one chunk at once. A stream of the
 // background locks a chunk only to write it.
 //
@@ -73,6 +75,7 @@
 // They speak through locks on ranges of the files, which the kernel drops with the process that held them:
 //
 //	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
+//	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for
 //	blob       shared by who has it open; whoever gets it exclusively may remove the file, or make it anew
 //	chunk      exclusive: its fetch. Others wait, look again and again, and take over when the lock is free
 //	region     shared, 4 MiB: its lease. Who has it may read chunks there; who gets it exclusively may punch a hole

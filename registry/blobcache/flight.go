@@ -272,6 +272,7 @@ func (f *flight) takeTurn() error {
 	close(ready)
 	defer check.Stop()
 	if f.turn = f.blob.slots().fetches.Acquire(ctx, 1) == nil; f.turn {
+		s.cache.outside.enter()
 		return nil
 	}
 	return f.blob.ctx.Err()
@@ -285,6 +286,7 @@ func (f *flight) endTurn() {
 	if f.turn {
 		f.turn = false
 		f.blob.slots().fetches.Release(1)
+		f.blob.store.cache.outside.leave()
 	}
 }
 

@@ -20,6 +20,7 @@ const (
 
 	lockDir     = 1 << 60 // of the directory's file: for the numbers in it, and for who opens or removes blobs
 	lockProcess = 1 << 61 // + anything: held by each process for as long as it has the cache open
+	lockWaiting = 1 << 62 // shared by the processes whose readers wait for the network
 )
 
 var errLocked = errors.New("is locked by another process")

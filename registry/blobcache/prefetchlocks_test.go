@@ -28,6 +28,7 @@ func TestPrefetchLocksNothingBeforeItBegins(t *testing.T) {
 		first := read(ctx, b, s, 5*cs, cs)
 		mustWait(t, "the other process", first)
 		p := prefetching(ctx, a, 0, 10*cs) // of which [6, 10) waits for the end of [0, 5)
+		time.Sleep(longestPause + glance)  // that it lets the other process go first
 		mustWait(t, "prefetch", p)
 		reader := read(ctx, a, s, 50*cs, cs)
 		mustWait(t, "a reader of this process", reader)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -288,45 +289,79 @@ func TestPrefetchUnmount(t *testing.T) {
 	}
 }
 
-// TestPrefetchIsBehind: a read that somebody waits for does not wait for what is fetched in the background: until its
-// answer is there, the link carries little more than without that.
+// TestPrefetchIsBehind: a read that somebody waits for does not wait for what is fetched in the background, by its own
+// mount or by another one: until its answer is there, the link carries little more than without that.
 func TestPrefetchIsBehind(t *testing.T) {
 	// On a faster link a machine that is busy lets more pass than the round trips do.
 	const latency, bandwidth = 20 * time.Millisecond, 4 << 20
 	im, _ := served(t)
+	other := pushRandom(t, im, 64<<20)
 	im.SetLatency(latency)
 	im.SetBandwidth(bandwidth)
-	// carried is how much the link carries until the answer to a read: the lower quartile of several, for the machine may
-	// have others to serve, and the link goes on meanwhile.
-	carried := func(state backend.PrefetchState, flags ...string) int64 {
+	alone := carriedUntilAnswers(t, "alone", im, func(s *session) (string, string) { return s.mount(im.ref), "" })
+	// What is on its way when the reader comes arrives: two round trips of it, and what two connections take that nobody
+	// reads, which a kernel's buffers make 128 KiB each. If the three of them shared the link, it would carry twice the
+	// answer more, and what it does in a round trip: 200 KB above this.
+	most := alone + int64(2*latency.Seconds()*bandwidth) + 2*(128<<10)
+	own := carriedUntilAnswers(t, "its own mount", im, func(s *session) (string, string) {
+		dir := s.mount(im.ref, "--prefetch=all")
+		return dir, dir
+	})
+	others := carriedUntilAnswers(t, "another mount", im, func(s *session) (string, string) {
+		prefetching := s.mount(other, "--prefetch=all")
+		return s.mount(im.ref), prefetching
+	})
+	if own > most || others > most {
+		t.Errorf("%d bytes were carried until an answer, or %d; at most %d should be", own, others, most)
+	}
+}
+
+// carriedUntilAnswers is how much the link carries until the answer to a read of a mount while the other one, or the
+// same, fetches in the background: the lower quartile of several, for the machine may have others to serve, and the link
+// goes on meanwhile.
+func carriedUntilAnswers(t *testing.T, name string, im servedImage, mount func(*session) (dir, prefetching string)) int64 {
+	var all []int64
+	t.Run(name, func(t *testing.T) {
 		s := newSession(t)
-		dir := s.mount(im.ref, flags...)
+		dir, prefetching := mount(s)
 		f, err := os.Open(filepath.Join(dir, bigFile))
 		must(t, err)
 		defer f.Close()
 		_, err = f.Stat()
 		must(t, err)
-		var all []int64
 		for i := range 9 {
 			before := im.Stats().BlobBytes
 			shows(t, f, int64(bigSize-(2*i+1)<<20), "while all is fetched") // the file lies at the end
 			all = append(all, im.Stats().BlobBytes-before)
 		}
-		if st := s.mountStatus(dir).Prefetch; state != "" && st.State != state {
-			t.Fatalf("prefetch: %+v", st)
+		if prefetching != "" {
+			if st := s.mountStatus(prefetching).Prefetch; st.State != backend.PrefetchRunning {
+				t.Fatalf("%+v", st)
+			}
 		}
 		slices.Sort(all)
-		t.Logf("%v: %d bytes were carried until the answers", flags, all)
-		return all[len(all)/4]
+		t.Logf("%d bytes were carried until the answers", all)
+	})
+	if t.Failed() {
+		t.FailNow()
 	}
-	alone := carried("")
-	behind := carried(backend.PrefetchRunning, "--prefetch=all")
-	// What is on its way when the reader comes arrives: two round trips of it, and what two connections take that nobody
-	// reads, which a kernel's buffers make 128 KiB each. If the three of them shared the link, it would carry twice the
-	// answer more, and what it does in a round trip: 200 KB above this.
-	if most := alone + int64(2*latency.Seconds()*bandwidth) + 2*(128<<10); behind > most {
-		t.Errorf("%d bytes were carried until an answer, at most %d should be", behind, most)
+	return all[len(all)/4]
+}
+
+// pushRandom pushes an image of as many bytes that no other one has.
+func pushRandom(t *testing.T, im servedImage, size int64) (ref string) {
+	t.Helper()
+	s, dir := newSession(t), t.TempDir()
+	image, tree := filepath.Join(dir, "image.erofs"), filepath.Join(dir, "tree")
+	must(t, os.Mkdir(tree, 0o755))
+	content := make([]byte, size)
+	_, _ = rand.NewChaCha8([32]byte{99}).Read(content) // it has always more
+	must(t, os.WriteFile(filepath.Join(tree, "random"), content, 0o644))
+	if r := s.run(binary, "build", "-o", image, tree); r.code != 0 {
+		t.Fatal(r.stderr)
 	}
+	pushFile(t, im.URL(), "net/random:v1", image)
+	return im.Addr() + "/net/random:v1"
 }
 
 // TestPrefetchRate: the rate is kept to.
