@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/erofs-oci/erofs-oci/erofsfmt/internal/ondisk"
+	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
 // The smallest image with a file, every place computed by hand:
@@ -266,10 +267,8 @@ func TestLargeFiles(t *testing.T) {
 }
 
 func TestSameInputSameBytes(t *testing.T) {
-	for i, im := range images(t) {
-		if testing.Short() && i%4 != 0 {
-			continue
-		}
+	require.Long(t, "builds many images twice")
+	for _, im := range images(t) {
 		var first memory
 		buildTo(t, &first, im.options, im.entries)
 		// Hard links must stay behind their targets.
