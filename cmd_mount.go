@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/fusefs"
@@ -145,8 +146,21 @@ func (m *mountRequest) by(image string, layers int) backend.Backend {
 	return backend.Overlay{Inner: b, Each: each, Upper: m.overlay, Tmpfs: m.inMemory, Image: image}
 }
 
-// mountVolume mounts what was opened.
-func (m *mountRequest) mountVolume(ctx context.Context, src *opened, log *slog.Logger) (_ backend.Mount, err error) {
+// mountVolume mounts what was opened. An image that is of a kind which the kernel does not know is mounted by our own
+// reader, unless the user named a backend, or what only nbd has.
+func (m *mountRequest) mountVolume(ctx context.Context, src *opened, log *slog.Logger) (backend.Mount, error) {
+	mounted, err := m.mountChosen(ctx, src, log)
+	named := m.reason == "" || m.supervise || m.backend == backend.FUSE
+	if named || !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
+		return mounted, err
+	}
+	log.Warn("the kernel does not read this image; our own reader does, as with --backend=fuse", "backend", m.backend, "err", err)
+	m.backend = backend.FUSE
+	return m.mountChosen(ctx, src, log)
+}
+
+// mountChosen mounts what was opened by m.backend.
+func (m *mountRequest) mountChosen(ctx context.Context, src *opened, log *slog.Logger) (_ backend.Mount, err error) {
 	v := src.volume()
 	b := m.by(src.id, 1+len(v.Below))
 	if len(v.Below) > 0 && m.backend != backend.FUSE {
@@ -222,6 +236,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return src.explain(err)
 	}
+	rec.Backend = m.backend
 	src.remember()
 	metering.show(src, mountLabels{rec.Reference, rec.Backend})
 	watch := watchMount(claim, src, mounted, metering, log.Logger)

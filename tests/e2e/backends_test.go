@@ -1,10 +1,16 @@
 package e2e
 
 import (
+	"errors"
+	"io"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
 	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
@@ -52,5 +58,39 @@ func TestBackends(t *testing.T) {
 				t.Errorf("left behind: %v, %v", left, err)
 			}
 		})
+	}
+}
+
+// TestKernelDoesNotKnowImage: where nobody named a backend, an image that the kernel does not read is mounted by our own
+// reader, and nothing is left of the first try. Linux takes no blocks that are larger than a page.
+func TestKernelDoesNotKnowImage(t *testing.T) {
+	require.Has(t, "root", "fuse", "kernel-erofs")
+	s := newSession(t)
+	image := filepath.Join(t.TempDir(), "image.erofs")
+	f, err := os.Create(image)
+	must(t, err)
+	b, err := mkerofs.New(f, mkerofs.Options{BlockSize: 4 * os.Getpagesize()})
+	must(t, err)
+	must(t, b.Add(mkerofs.Entry{Path: "a", Mode: mkerofs.ModeRegular | 0o644, Mtime: time.Unix(1600000000, 0), Size: 7,
+		Open: func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("content")), nil }}))
+	_, err = b.Finish(t.Context())
+	must(t, errors.Join(err, f.Close()))
+
+	r := s.run(binary, "mount", "--backend=file", image, s.target())
+	wantLine(t, r, "of a kind that it does not know")
+	for _, flags := range [][]string{nil, {"--tmpfs-overlay"}} {
+		dir := s.target()
+		r := s.run(binary, append(append([]string{"mount", "--backend=auto"}, flags...), image, dir)...)
+		if r.code != 0 || strings.Count(r.stderr, "\n") != 1 || !strings.Contains(r.stderr, "level=WARN") || !strings.Contains(r.stderr, "our own reader does") {
+			t.Fatalf("%+v", r)
+		}
+		if got, err := os.ReadFile(filepath.Join(dir, "a")); err != nil || string(got) != "content" {
+			t.Errorf("%q, %v", got, err)
+		}
+		if e := s.entry(dir); e.Backend != backend.FUSE {
+			t.Errorf("listed as %+v", e)
+		}
+		s.must("umount", dir)
+		s.nothingLeft(dir)
 	}
 }

@@ -67,6 +67,7 @@ var inside = map[string]group{
 	"reading": {1, []check{
 		{"Corpus", testCorpus},
 		{"File", testFile},
+		{"Auto", testAuto},
 		{"Debian", testDebian},
 		{"Converted", testConverted},
 	}},

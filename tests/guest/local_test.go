@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/erofs-oci/erofs-oci/backend"
+	"github.com/erofs-oci/erofs-oci/tests/corpus"
 	"github.com/erofs-oci/erofs-oci/tests/tree"
 )
 
@@ -65,5 +67,28 @@ func copyTree(t *testing.T, name string) {
 	defer to.Close()
 	if _, err := io.Copy(to, from); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// testAuto: where no backend is named, the kernel reads what it knows, and our own reader the rest.
+func testAuto(t *testing.T, kernel version) {
+	for _, name := range []string{"lz4", "zstd", "lzma"} {
+		im := corpus.Get(t, name)
+		image := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(image, im.Data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		dir, want := t.TempDir(), backend.NBD
+		if kernel.before(since[name]) {
+			want = backend.FUSE
+		}
+		program(t, "mount", image, dir)
+		if e := onlyEntry(t, "running"); e.Backend != want {
+			t.Errorf("%s is mounted by %s, not %s", name, e.Backend, want)
+		}
+		same(t, im.Listing(t), dir)
+		program(t, "umount", dir)
+		nothingLeft(t)
+		leftInRunDir(t)
 	}
 }

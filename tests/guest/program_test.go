@@ -228,8 +228,9 @@ func testOverlayReattached(t *testing.T, _ version) {
 }
 
 type entry struct {
-	PID   int    `json:"pid"`
-	State string `json:"state"`
+	PID     int    `json:"pid"`
+	State   string `json:"state"`
+	Backend string `json:"backend"`
 }
 
 // onlyEntry is the only mount that erofs-oci list shows.
