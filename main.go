@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -145,14 +146,7 @@ func (e errSilent) Unwrap() error { return e.error }
 func usagef(format string, args ...any) error { return errUsage{fmt.Errorf(format, args...)} }
 
 func usageError(c *cli.Context, err error, _ bool) error {
-	return usagef("%w; see %s --help", err, c.App.Name+commandName(c))
-}
-
-func commandName(c *cli.Context) string {
-	if c.Command == nil || c.Command.Name == "" || c.Command.Name == c.App.Name {
-		return ""
-	}
-	return " " + c.Command.Name
+	return usagef("%w; see %s --help", err, cmp.Or(c.Command.HelpName, c.App.Name))
 }
 
 func exitCode(err error) int {
