@@ -22,6 +22,9 @@
 // to be waited for, so a client that asks for much at a time costs few system
 // calls.
 //
+// The structures of the protocol are those of go-nbd. Its server is not used: it
+// writes the header of a reply, which says success, before it has the data.
+//
 // On the wire (all big endian; cookie is the client's name for a request):
 //
 //	request   | magic 4 | flags 2 | command 2 | cookie 8 | offset 8 | length 4 |
