@@ -28,7 +28,7 @@ type Options struct {
 	MaxSpan    int64 // the most that one Fetch asks for, in whole chunks and at least one; 8 MiB if zero
 	MaxFetches int   // fetches that somebody waits for, under way at a time, all blobs together; 16 if zero
 	Readahead  int64 // the most that is fetched ahead of a reader; 16 MiB if zero, nothing if negative
-	MaxAhead   int   // fetches under way beside those that nobody waits for; 4 if zero
+	MaxAhead   int   // fetches that nobody waits for, under way beside the MaxFetches; 4 if zero
 	// MaxPrefetches is how many fetches of Prefetch are under way at a time, of all blobs together; 2 if zero.
 	MaxPrefetches int
 	// OneAtATime says that the Fetcher has room for one fetch only: what Prefetch has under way then does not pause for a
@@ -124,10 +124,11 @@ func checkUnit(n int64) error {
 type OpenOptions struct {
 	// Verify is called with the bytes of a chunk, from off in the blob, before anybody reads them and once for each
 	// time that this process takes the chunk in, be it from the Fetcher or from the disk. A chunk for which it returns
-	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of the
-	// disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any other
-	// error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error. It may be called in parallel, must not
-	// keep p, and must not read the blob through this cache. nil: nothing is verified.
+	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of
+	// the disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any
+	// other error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error.
+	// It may be called in parallel, must not keep p, and must not read the blob through this cache. nil: nothing is
+	// verified.
 	Verify func(ctx context.Context, p []byte, off int64) error
 	// Vouched says that f verifies what it brings: it has passed, see Passed.
 	Vouched bool
