@@ -233,12 +233,6 @@ func (o *layerOpener) treeHolder(s *layerSource, blob *remoteBlob, v registry.Vo
 	})
 }
 
-// Units that the cache takes from an index.
-const (
-	minUnit = 4 << 10
-	maxUnit = 16 << 20
-)
-
 // openRaw opens an image that is not compressed: by its index, else by its tree, else as
 // it comes.
 func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *remoteBlob, v registry.Vouched) error {
@@ -251,7 +245,7 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *remoteB
 	}
 	if x != nil && x.Verifies() {
 		s.by = byIndex
-		if unit := x.Unit(minUnit, maxUnit); unit > 0 {
+		if unit := x.Unit(blobcache.MinChunkSize, blobcache.MaxChunkSize); unit > 0 {
 			return o.keepPart(s, x.Size(), x, blob.Size(), blobcache.OpenOptions{Verify: x.Verify, ChunkSize: unit, Origin: origin("index", v.Index.Digest)})
 		}
 		return o.keep(s, x.Stream(), x.Size(), blobcache.OpenOptions{Vouched: true, Origin: origin("chunks of the index", v.Index.Digest)})
@@ -294,7 +288,7 @@ func (o *layerOpener) openCompressed(ctx context.Context, s *layerSource, blob *
 	if s.image, err = chunked.New(x.ChunkIndex, x.Stream()); err != nil {
 		return fmt.Errorf("blob %s: %w", blob.Digest(), err)
 	}
-	options := blobcache.OpenOptions{ChunkSize: x.Unit(minUnit, maxUnit), Origin: origin("zstd", v.Index.Digest)}
+	options := blobcache.OpenOptions{ChunkSize: x.Unit(blobcache.MinChunkSize, blobcache.MaxChunkSize), Origin: origin("zstd", v.Index.Digest)}
 	if o.verify == verifyOff {
 		options.Origin = origin("zstd", v.Index.Digest, plain(blob))
 	} else {

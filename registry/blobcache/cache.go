@@ -54,6 +54,12 @@ type Options struct {
 	Logger   *slog.Logger // silent if nil
 }
 
+// A unit is a multiple of MinChunkSize, and at most MaxChunkSize.
+const (
+	MinChunkSize = 4 << 10
+	MaxChunkSize = 16 << 20
+)
+
 const (
 	defaultChunkSize  = 256 << 10
 	defaultMaxSpan    = 8 << 20
@@ -62,8 +68,6 @@ const (
 	defaultMaxAhead   = 4
 	defaultPatience   = 20 * time.Second
 	defaultPrefetches = 2
-	minChunkSize      = 4 << 10
-	maxChunkSize      = 16 << 20
 	maxLoads          = 16
 	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
 	// chunks, 8 MiB at the usual ones. It is also what one ext4 file can hold.
@@ -114,8 +118,8 @@ func (o Options) withDefaults() (Options, error) {
 }
 
 func checkUnit(n int64) error {
-	if n < minChunkSize || n > maxChunkSize || n%minChunkSize != 0 {
-		return fmt.Errorf("chunk size %d: must be a multiple of %d up to %d", n, minChunkSize, maxChunkSize)
+	if n < MinChunkSize || n > MaxChunkSize || n%MinChunkSize != 0 {
+		return fmt.Errorf("chunk size %d: must be a multiple of %d up to %d", n, MinChunkSize, MaxChunkSize)
 	}
 	return nil
 }
