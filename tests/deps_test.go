@@ -35,13 +35,13 @@ var lattice = map[string]room{
 		others: []string{"github.com/klauspost/compress"},
 	},
 	"registry/integrity": {},
-	"registry/blobcache": {others: []string{"golang.org/x/sync", "golang.org/x/sys"}},
+	"registry/blobcache": {others: []string{"github.com/opencontainers/go-digest", "golang.org/x/sync", "golang.org/x/sys"}},
 	"registry/chunked": {
 		ours:   []string{"registry/integrity"},
 		others: []string{"github.com/klauspost/compress"},
 	},
 	"registry/verified":  {ours: []string{"registry/integrity"}},
-	"registry/profile":   {},
+	"registry/profile":   {others: []string{"github.com/opencontainers/go-digest"}},
 	"registry/lastknown": {deny: []string{"net", "log"}},
 	"registry/tarlayer": {
 		others: []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/opencontainers/go-digest",

@@ -2,16 +2,18 @@ package blobcache
 
 import (
 	"context"
+	_ "crypto/sha256" // of digests
+	_ "crypto/sha512"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 )
 
@@ -374,15 +376,9 @@ func (c *Cache) release(s *store) error {
 }
 
 // checkDigest allows what an OCI digest may be. A file name is made from it, and it may come from a server.
-func checkDigest(digest string) error {
-	algorithm, hex, _ := strings.Cut(digest, ":")
-	lengths := map[string]int{"sha256": 64, "sha384": 96, "sha512": 128}
-	want, ok := lengths[algorithm]
-	if !ok {
-		return fmt.Errorf("digest %.80q: must be one of sha256, sha384 or sha512", digest)
-	}
-	if len(hex) != want || strings.Trim(hex, "0123456789abcdef") != "" {
-		return fmt.Errorf("digest %.160q: %s must be followed by %d lower-case hex digits", digest, algorithm, want)
+func checkDigest(s string) error {
+	if err := digest.Digest(s).Validate(); err != nil {
+		return fmt.Errorf("digest %.80q: %w", s, err)
 	}
 	return nil
 }
