@@ -40,7 +40,10 @@ var lattice = map[string]room{
 		ours:   []string{"registry/integrity"},
 		others: []string{"github.com/klauspost/compress"},
 	},
-	"registry/verified":  {ours: []string{"registry/integrity"}},
+	"registry/verified": {
+		ours:   []string{"registry/integrity"},
+		others: []string{"github.com/opencontainers/go-digest"},
+	},
 	"registry/profile":   {others: []string{"github.com/opencontainers/go-digest"}},
 	"registry/lastknown": {deny: []string{"net", "log"}},
 	"registry/tarlayer": {

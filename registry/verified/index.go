@@ -55,7 +55,7 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 			}
 		}
 		if named {
-			doubt = want.check("the chunk index", want.of(raw))
+			doubt = checkDigest("the chunk index", want, want.Algorithm().FromBytes(raw))
 		}
 		if p.Unchecked {
 			return nil
