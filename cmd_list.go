@@ -89,7 +89,6 @@ func (l *listed) ask(ctx context.Context, run *backend.RunDir) error {
 	}
 	status, ok, err := run.Status(ctx, l.Dir)
 	if ok {
-		status.Metrics = "" // of a server that says more than it was asked; erofs-oci metrics shows them
 		l.Status = &status
 	}
 	if errors.Is(err, backend.ErrNoAnswer) {

@@ -338,8 +338,11 @@ func (s fetchedStore) Blob(ctx context.Context, desc ocispec.Descriptor) (io.Rea
 		if b.desc.Digest != desc.Digest {
 			continue
 		}
-		if f, err := b.fetched(false); f != nil || err != nil {
-			return io.NopCloser(f.section()), err
+		switch f, err := b.fetched(false); {
+		case err != nil:
+			return nil, err
+		case f != nil:
+			return io.NopCloser(f.section()), nil
 		}
 	}
 	return s.Store.Blob(ctx, desc)

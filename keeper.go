@@ -212,7 +212,10 @@ func (k *keeper) read(ctx context.Context, d digest.Digest, size int64, f blobca
 
 // oneUnit is the unit of the cache in which something small is one chunk, so that it is fetched by one request and
 // verified as one.
-func oneUnit(size int64) int64 { return min((size+minUnit-1)/minUnit*minUnit, maxUnit) }
+func oneUnit(size int64) int64 {
+	const step = blobcache.MinChunkSize
+	return min((size+step-1)/step*step, blobcache.MaxChunkSize)
+}
 
 // A wrongDocument is what the cache had under a digest that is not its own.
 type wrongDocument struct{ got digest.Digest }

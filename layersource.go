@@ -216,28 +216,22 @@ func (o *layerOpener) indexHolder(s *layerSource, blob *remoteBlob, v registry.V
 	return o.throughCache(s, blob, part)
 }
 
+// verityRoot is what the manifest says of the tree in a blob.
+func verityRoot(blob *remoteBlob, v registry.VouchedVerity) integrity.VerityRoot {
+	return integrity.VerityRoot{HashOffset: v.Off, BlockSize: v.BlockSize, Size: blob.Size(), Digest: v.Root}
+}
+
 // treeHolder is the blob, of which the tree is kept, in the parts in which it is fetched.
-func (o *layerOpener) treeHolder(s *layerSource, blob *remoteBlob, v registry.VouchedVerity) (*throughCache, error) {
-	const unit = 256 << 10
-	algorithm := integrity.SHA256
-	if len(v.Root) == integrity.SHA512.Size() {
-		algorithm = integrity.SHA512
-	}
-	n, err := integrity.VeritySize(v.Off, integrity.VerityOptions{Algorithm: algorithm, BlockSize: v.BlockSize})
-	if err != nil || n > blob.Size()-v.Off {
+func (o *layerOpener) treeHolder(s *layerSource, blob *remoteBlob, root integrity.VerityRoot) (*throughCache, error) {
+	n, err := verified.TreeSize(root)
+	if err != nil {
 		n = 0 // who reads it says so
 	}
 	return o.throughCache(s, blob, keptPart{
-		digest: blob.Digest().String(), off: v.Off, size: n, unit: unit,
-		origin: origin("parts of a tree", fmt.Sprintf("%x", v.Root), v.Off, v.BlockSize),
+		digest: blob.Digest().String(), off: root.HashOffset, size: n, unit: verified.TreePart,
+		origin: origin("parts of a tree", fmt.Sprintf("%x", root.Digest), root.HashOffset, root.BlockSize),
 	})
 }
-
-// Units that the cache takes from an index.
-const (
-	minUnit = 4 << 10
-	maxUnit = 16 << 20
-)
 
 // openRaw opens an image that is not compressed: by its index, else by its tree, else as
 // it comes.
@@ -251,28 +245,27 @@ func (o *layerOpener) openRaw(ctx context.Context, s *layerSource, blob *remoteB
 	}
 	if x != nil && x.Verifies() {
 		s.by = byIndex
-		if unit := x.Unit(minUnit, maxUnit); unit > 0 {
+		if unit := x.Unit(blobcache.MinChunkSize, blobcache.MaxChunkSize); unit > 0 {
 			return o.keepPart(s, x.Size(), x, blob.Size(), blobcache.OpenOptions{Verify: x.Verify, ChunkSize: unit, Origin: origin("index", v.Index.Digest)})
 		}
 		return o.keep(s, x.Stream(), x.Size(), blobcache.OpenOptions{Vouched: true, Origin: origin("chunks of the index", v.Index.Digest)})
 	}
 	if v.Verity != nil {
-		holder, err := o.treeHolder(s, blob, *v.Verity)
+		root := verityRoot(blob, *v.Verity)
+		holder, err := o.treeHolder(s, blob, root)
 		if err != nil {
 			return err
 		}
 		if holder.lacks(0, 1) {
 			return fmt.Errorf("blob %s: the beginning of its dm-verity tree: %w", blob.Digest(), errOffline)
 		}
-		t, err := verified.OpenTree(ctx, holder, integrity.VerityRoot{
-			HashOffset: v.Verity.Off, BlockSize: v.Verity.BlockSize, Size: blob.Size(), Digest: v.Verity.Root,
-		})
+		t, err := verified.OpenTree(ctx, holder, root)
 		if err != nil {
 			return fmt.Errorf("blob %s: %w", blob.Digest(), err)
 		}
 		s.by = byTree
 		return o.keepPart(s, t.Size(), t, blob.Size(), blobcache.OpenOptions{
-			Verify: t.Verify, Origin: origin("tree", fmt.Sprintf("%x", v.Verity.Root), v.Verity.Off, v.Verity.BlockSize),
+			Verify: t.Verify, Origin: origin("tree", fmt.Sprintf("%x", root.Digest), root.HashOffset, root.BlockSize),
 		})
 	}
 	if o.verify == verifyRequire {
@@ -294,7 +287,7 @@ func (o *layerOpener) openCompressed(ctx context.Context, s *layerSource, blob *
 	if s.image, err = chunked.New(x.ChunkIndex, x.Stream()); err != nil {
 		return fmt.Errorf("blob %s: %w", blob.Digest(), err)
 	}
-	options := blobcache.OpenOptions{ChunkSize: x.Unit(minUnit, maxUnit), Origin: origin("zstd", v.Index.Digest)}
+	options := blobcache.OpenOptions{ChunkSize: x.Unit(blobcache.MinChunkSize, blobcache.MaxChunkSize), Origin: origin("zstd", v.Index.Digest)}
 	if o.verify == verifyOff {
 		options.Origin = origin("zstd", v.Index.Digest, plain(blob))
 	} else {

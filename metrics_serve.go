@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/common/expfmt"
 	"github.com/urfave/cli/v2"
+	"golang.org/x/net/netutil"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 )
@@ -174,7 +175,7 @@ func (m *metering) show(src *opened, of mountLabels) {
 	}
 	// There are few places: nobody keeps one until the next time.
 	m.http.SetKeepAlivesEnabled(false)
-	few := &fewConns{Listener: m.listener, slots: make(chan struct{}, metricsClients), closed: make(chan struct{})}
+	few := netutil.LimitListener(m.listener, metricsClients)
 	m.serving.Go(func() {
 		if err := m.http.Serve(few); !errors.Is(err, http.ErrServerClosed) {
 			m.log.Error("metrics are not served any more", "err", err)
@@ -231,41 +232,4 @@ func (m *metering) Close() error {
 		m.answering.Unlock()
 	})
 	return m.err
-}
-
-// fewConns accepts a bounded number of connections at a time.
-type fewConns struct {
-	net.Listener
-	slots   chan struct{}
-	closed  chan struct{}
-	closing sync.Once
-}
-
-func (f *fewConns) Accept() (net.Conn, error) {
-	select {
-	case f.slots <- struct{}{}:
-	case <-f.closed:
-		return nil, net.ErrClosed
-	}
-	conn, err := f.Listener.Accept()
-	if err != nil {
-		<-f.slots
-		return nil, err
-	}
-	return &fewConn{Conn: conn, leave: sync.OnceFunc(func() { <-f.slots })}, nil
-}
-
-func (f *fewConns) Close() error {
-	f.closing.Do(func() { close(f.closed) })
-	return f.Listener.Close()
-}
-
-type fewConn struct {
-	net.Conn
-	leave func()
-}
-
-func (c *fewConn) Close() error {
-	defer c.leave()
-	return c.Conn.Close()
 }

@@ -43,9 +43,6 @@ func (s *sourceOptions) offlineOption(c *cli.Context) error {
 	if c.Bool("probe") {
 		return usagef("--probe asks the registry, and --offline forbids that")
 	}
-	if c.IsSet("prefetch") && c.String("prefetch") != "none" {
-		return usagef("--prefetch fetches, and --offline forbids that")
-	}
 	s.goOffline()
 	return nil
 }

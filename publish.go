@@ -258,7 +258,7 @@ func erofsConfig(from document, layers []ocispec.Descriptor) ([]byte, error) {
 // putImage sends a configuration and a manifest; the layers are there.
 func (o *publishing) putImage(ctx context.Context, sink registry.Sink, target string, config []byte, layers []ocispec.Descriptor, annotations map[string]string, s *steps) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(config), Size: int64(len(config))}
-	if err := o.send(ctx, sink, "push configuration", desc, bytesAt(config), s); err != nil {
+	if err := o.send(ctx, sink, "push configuration", desc, bytes.NewReader(config), s); err != nil {
 		return desc, err
 	}
 	raw, err := json.Marshal(ocispec.Manifest{
@@ -274,6 +274,3 @@ func (o *publishing) putImage(ctx context.Context, sink registry.Sink, target st
 	}
 	return put, nil
 }
-
-// bytesAt are bytes that can be read at random.
-func bytesAt(b []byte) io.ReaderAt { return bytes.NewReader(b) }

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/registry/verified"
 )
 
 // A remoteBlob is a blob of a registry, which is asked for nothing if that is what the user wants.
@@ -218,51 +218,16 @@ type partFetcher struct{ of *throughCache }
 // cache takes the rest as it passes.
 func (f partFetcher) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
 	t := f.of
-	if off == 0 && t.part.size == t.Size() && t.missing() == t.part.size {
-		return t.again(t.asked(0, t.Size()))(ctx, 0, t.Size())
+	whole := off == 0 && t.part.size == t.Size() && t.missing() == t.part.size
+	if whole {
+		n = t.Size()
 	}
-	body, err := exactly(ctx, t.again(t.asked(off, n)), t.part.off+off, n)
-	return body, off, t.part.size, err
-}
-
-type fetchFunc func(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
-
-// again fetches what was wrong the last time, unless why is nil.
-func (b *remoteBlob) again(why error) fetchFunc {
-	if why == nil {
-		return b.Fetch
-	}
-	return func(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
-		return b.FetchElsewhere(ctx, off, n, why)
-	}
-}
-
-// fetchFrom fetches a range, of which the body begins with its first byte, whatever the server sends, and may go on behind
-// its last one.
-func fetchFrom(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser, error) {
-	body, start, _, err := fetch(ctx, off, n)
-	if err != nil {
-		return nil, err
-	}
-	if start < 0 || start > off {
-		err = fmt.Errorf("%d bytes at %d: the body starts at %d", n, off, start)
-	} else {
-		_, err = io.CopyN(io.Discard, body, off-start)
-	}
-	if err != nil {
-		return nil, errors.Join(err, body.Close())
-	}
-	return body, nil
-}
-
-// exactly is fetchFrom, with a body that has nothing but the range.
-func exactly(ctx context.Context, fetch fetchFunc, off, n int64) (io.ReadCloser, error) {
-	body, err := fetchFrom(ctx, fetch, off, n)
-	if err != nil {
-		return nil, err
+	body, err := verified.FetchFrom(ctx, t.remoteBlob, t.part.off+off, n, t.asked(off, n))
+	if err != nil || whole {
+		return body, off, t.part.size, err
 	}
 	return struct {
 		io.Reader
 		io.Closer
-	}{io.LimitReader(body, n), body}, nil
+	}{io.LimitReader(body, n), body}, off, t.part.size, nil
 }

@@ -242,7 +242,7 @@ func TestKeptWasWrong(t *testing.T) {
 			return o.indexHolder(source, b, *v.Index)
 		}, 50},
 		"tree": {verifiable.Options{Verity: true}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
-			return o.treeHolder(source, b, *v.Verity)
+			return o.treeHolder(source, b, verityRoot(b, *v.Verity))
 		}, 4096 + 9},
 		"whole": {verifiable.Options{Zstd: true}, func(o *layerOpener, source *layerSource, b *remoteBlob, v registry.Vouched) (*throughCache, error) {
 			return o.wholeHolder(source, b)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
+	"github.com/erofs-oci/erofs-oci/registry/verified"
 )
 
 // A readTwice is a blob that is read from front to back twice: to verify it, and to decompress it. It takes the room of
@@ -49,7 +50,7 @@ func (w *readTwice) collect(ctx context.Context) error {
 		}
 	}
 	if t.kept == nil || w.spilled < t.Size() {
-		if err := w.spill(ctx, piece, sum, t.again(nil)); err != nil {
+		if err := w.spill(ctx, piece, sum, nil); err != nil {
 			return err
 		}
 	}
@@ -87,7 +88,7 @@ func (w *readTwice) collectAgain(ctx context.Context, doubt bool, why error) err
 		why = nil
 	}
 	sum := w.from.Digest().Algorithm().Hash()
-	if err := w.spill(ctx, nil, sum, w.from.again(why)); err != nil {
+	if err := w.spill(ctx, nil, sum, why); err != nil {
 		return err
 	}
 	return w.verify(sum)
@@ -138,8 +139,9 @@ func (f storedFetcher) Fetch(_ context.Context, off, n int64) (io.ReadCloser, in
 	return io.NopCloser(io.NewSectionReader(f, off, n)), off, st.Size(), nil
 }
 
-// spill has the blob go to a file from w.spilled on, by one request. Of that, piece came already, and is in sum.
-func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetch fetchFunc) (err error) {
+// spill has the blob go to a file from w.spilled on, by one request: from elsewhere, if why says what was wrong. Of that,
+// piece came already, and is in sum.
+func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, why error) (err error) {
 	if w.stored == nil {
 		if w.stored, err = unnamedFile(w.opener.dir); err != nil {
 			return err
@@ -160,7 +162,7 @@ func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, fetc
 		return nil
 	}
 	// It is no metadata: the mount waits for its data.
-	body, err := fetchFrom(registry.WithCause(ctx, string(blobcache.Demand)), fetch, at, size-at)
+	body, err := verified.FetchFrom(registry.WithCause(ctx, string(blobcache.Demand)), w.from.remoteBlob, at, size-at, why)
 	if err != nil {
 		return err
 	}

@@ -17,8 +17,7 @@ import (
 type MountStatus struct {
 	Layers   []LayerStatus   `json:"layers"`
 	Prefetch *PrefetchStatus `json:"prefetch,omitempty"` // nil: nothing was to be fetched in the background
-	// Metrics are what the server counts, in the text format of Prometheus. "" where nobody asked for them, or the server
-	// is of a version that counts nothing.
+	// Metrics are what the server counts, in the text format of Prometheus. "" where nobody asked for them.
 	Metrics string `json:"metrics,omitempty"`
 }
 
@@ -68,8 +67,8 @@ const (
 	// statusPatience is for one of them. Who asks has more, so that it comes to its turn.
 	statusPatience = 2 * time.Second
 	askerPatience  = 3 * time.Second
-	// statusQuestion is how long a client that says nothing may have something to say: those of older versions say
-	// nothing, and wait.
+	// statusQuestion is how long a client has to say what it wants: one that says nothing until then is answered, and
+	// makes room.
 	statusQuestion = 250 * time.Millisecond
 	// wantsMetrics is the question that has the metrics in the answer, too.
 	wantsMetrics = 'm'
@@ -166,7 +165,7 @@ func (r *RunDir) askServer(ctx context.Context, dir string, question []byte) (st
 		var d net.Dialer
 		conn, err := d.DialContext(ctx, "unix", short)
 		if err != nil {
-			return nil // it is gone, or is of a version without a status
+			return nil // it is gone
 		}
 		defer conn.Close()
 		err = converse(ctx, conn.(*net.UnixConn), question, &status)

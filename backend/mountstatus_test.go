@@ -108,7 +108,7 @@ func TestStatusOfAStoppedServer(t *testing.T) {
 }
 
 // TestStatusForWhoListens: those who ask and do not listen are not in the way of others, however long the answer is; and
-// those who ask as older versions do, which say nothing and wait, are answered.
+// those who say nothing, and wait, are answered.
 func TestStatusForWhoListens(t *testing.T) {
 	run := openRun(t, filepath.Join(t.TempDir(), "run"))
 	dir := t.TempDir()
@@ -137,13 +137,13 @@ func TestStatusForWhoListens(t *testing.T) {
 	if got, ok, err := run.StatusAndMetrics(t.Context(), dir); !ok || err != nil || got.Metrics != "counted 1" || len(got.Layers) != 1 {
 		t.Errorf("with metrics: %q, %v, %v", got.Metrics, ok, err)
 	}
-	old, err := net.Dial("unix", path)
+	silent, err := net.Dial("unix", path)
 	must(t, err)
-	defer old.Close()
-	must(t, old.SetDeadline(time.Now().Add(20*time.Second)))
+	defer silent.Close()
+	must(t, silent.SetDeadline(time.Now().Add(20*time.Second)))
 	var got backend.MountStatus
-	if err := json.NewDecoder(old).Decode(&got); err != nil || !reflect.DeepEqual(got, long) {
-		t.Errorf("an older version: %v", err)
+	if err := json.NewDecoder(silent).Decode(&got); err != nil || !reflect.DeepEqual(got, long) {
+		t.Errorf("who says nothing: %v", err)
 	}
 }
 

@@ -224,13 +224,12 @@ func (r *RunDir) lock(id string) (*Claim, error) {
 		if err != nil {
 			return nil, err
 		}
-		lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
-		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
+		if err := tryLock(f); err != nil {
 			f.Close()
-			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			if heldByOther(err) {
 				return nil, ErrInUse
 			}
-			return nil, &fs.PathError{Op: "lock", Path: f.Name(), Err: err}
+			return nil, err
 		}
 		// A server that ended between our open and our lock has taken the
 		// file away: then the lock is on a file that nobody else can find.

@@ -3,7 +3,6 @@ package backend
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -112,14 +111,6 @@ func (s *staging) hold() error {
 	return nil
 }
 
-func tryLock(f *os.File) error {
-	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
-		return &fs.PathError{Op: "lock", Path: f.Name(), Err: err}
-	}
-	return nil
-}
-
 // sweepStaged takes away what processes left in parent that were killed while they
 // mounted: nobody else knows of it.
 func sweepStaged(parent string) error {
@@ -153,7 +144,7 @@ func sweepOne(dir string) error {
 		return err
 	}
 	defer lock.Close()
-	if err := tryLock(lock); errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+	if err := tryLock(lock); heldByOther(err) {
 		return nil
 	} else if err != nil {
 		return err

@@ -61,11 +61,11 @@ func lockUpper(dir, image string) (_ *upperDir, err error) {
 		}
 	}()
 	err = lockSoon(u.lock)
-	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+	if heldByOther(err) {
 		return nil, fmt.Errorf("overlay: another mount keeps in %s what is written to it; choose another directory", dir)
 	}
 	if err != nil {
-		return nil, &fs.PathError{Op: "lock", Path: u.lock.Name(), Err: err}
+		return nil, err
 	}
 	return u, u.check()
 }
@@ -76,10 +76,8 @@ const upperPatience = 500 * time.Millisecond
 
 // lockSoon locks a file that is free or soon will be. No wait for a lock can be given up, so this asks again and again.
 func lockSoon(f *os.File) error {
-	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 	for begun, pause := time.Now(), time.Millisecond; ; pause *= 2 {
-		err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock)
-		if locked := errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES); !locked || time.Since(begun) > upperPatience {
+		if err := tryLock(f); !heldByOther(err) || time.Since(begun) > upperPatience {
 			return err
 		}
 		time.Sleep(pause)

@@ -104,6 +104,16 @@ func parse(t *testing.T, s string) registry.Reference {
 	return ref
 }
 
+// oneLayer is the one layer that sel means, which may be in no manifest.
+func oneLayer(t *testing.T, c *registry.Client, im *registry.Image, sel registry.Selector) (registry.Layer, error) {
+	t.Helper()
+	chosen, err := c.ErofsLayers(t.Context(), im, sel)
+	if err != nil {
+		return registry.Layer{}, err
+	}
+	return im.OneLayer(chosen)
+}
+
 // pushBlob puts data into repository x of r and forgets what that took.
 func pushBlob(t *testing.T, r *fakeregistry.Registry, data []byte, o ocipush.Options) ocispec.Descriptor {
 	t.Helper()

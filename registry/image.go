@@ -97,15 +97,6 @@ func (c *Client) ErofsLayers(ctx context.Context, im *Image, sel Selector) ([]La
 	return []Layer{{Index: -1, Descriptor: desc}}, err
 }
 
-// ErofsLayer is Client.ErofsLayers for who can use one layer only.
-func (c *Client) ErofsLayer(ctx context.Context, im *Image, sel Selector) (Layer, error) {
-	chosen, err := c.ErofsLayers(ctx, im, sel)
-	if err != nil {
-		return Layer{}, err
-	}
-	return im.OneLayer(chosen)
-}
-
 func (im *Image) choose(sel Selector) ([]Layer, error) {
 	var l Layer
 	var err error
@@ -302,14 +293,9 @@ func (im *Image) where() string {
 	return im.Reference.String()
 }
 
-// ImageConfig fetches the image's configuration and verifies it. Where the
-// manifest's config is not an image configuration, as with artifacts, the error
-// is errors.ErrUnsupported.
-func (c *Client) ImageConfig(ctx context.Context, im *Image) (*ocispec.Image, error) {
-	return ImageConfigIn(ctx, c.Repository(im.Reference), im)
-}
-
-// ImageConfigIn is Client.ImageConfig in the store where im was found.
+// ImageConfigIn fetches the image's configuration from the store where im was found,
+// and verifies it. Where the manifest's config is not an image configuration, as with
+// artifacts, the error is errors.ErrUnsupported.
 func ImageConfigIn(ctx context.Context, s Store, im *Image) (*ocispec.Image, error) {
 	config, err := im.readConfig(ctx, finderOf(s))
 	if err != nil {

@@ -46,7 +46,7 @@ func TestRealRegistry(t *testing.T) {
 		if err != nil || im.IndexDigest != index || l.Digest != digest.FromBytes(data) || l.Size != int64(len(data)) {
 			t.Fatalf("%s: %+v %+v %v", name, im, l, err)
 		}
-		if l, err = c.ErofsLayer(t.Context(), im, registry.Selector{Blob: im.Config.Digest}); err != nil || l.Size != im.Config.Size {
+		if l, err = oneLayer(t, c, im, registry.Selector{Blob: im.Config.Digest}); err != nil || l.Size != im.Config.Size {
 			t.Errorf("%s: stat: %+v %v", name, l, err)
 		}
 		b, err := c.Blob(im.Reference, im.Layers[0].Descriptor)

@@ -396,16 +396,16 @@ func TestResolveSingleManifestPlatform(t *testing.T) {
 	if n := r.Stats().BlobGETs; n != 0 {
 		t.Errorf("%d blob GETs although no platform was asked for", n)
 	}
-	config, err := c.ImageConfig(t.Context(), im)
+	config, err := registry.ImageConfigIn(t.Context(), c.Repository(im.Reference), im)
 	if err != nil || config.Architecture != "amd64" {
 		t.Errorf("%+v, %v", config, err)
 	}
 	r.SetFault(onBlob(0, answer(200, nil, "{}")))
-	if _, err := c.ImageConfig(t.Context(), im); err == nil || !strings.Contains(err.Error(), im.Config.Digest.String()) {
+	if _, err := registry.ImageConfigIn(t.Context(), c.Repository(im.Reference), im); err == nil || !strings.Contains(err.Error(), im.Config.Digest.String()) {
 		t.Errorf("another config: %v", err)
 	}
 	im.Config.MediaType = "application/vnd.oci.empty.v1+json"
-	if _, err := c.ImageConfig(t.Context(), im); !errors.Is(err, errors.ErrUnsupported) {
+	if _, err := registry.ImageConfigIn(t.Context(), c.Repository(im.Reference), im); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("no image config: %v", err)
 	}
 }
@@ -568,18 +568,18 @@ func TestBlobOutsideTheManifest(t *testing.T) {
 		"neither nor range": withoutRanges(noHEAD(405)),
 	} {
 		r.SetFault(fault)
-		l, err := c.ErofsLayer(t.Context(), im, registry.Selector{Blob: d})
+		l, err := oneLayer(t, c, im, registry.Selector{Blob: d})
 		if err != nil || l.Index != -1 || l.Size != 1234 || l.Digest != d {
 			t.Errorf("%s: %+v, %v", name, l, err)
 		}
 	}
 	r.SetFault(nil)
-	_, err = c.ErofsLayer(t.Context(), im, registry.Selector{Blob: digest.FromString("nothing")})
+	_, err = oneLayer(t, c, im, registry.Selector{Blob: digest.FromString("nothing")})
 	var status *registry.StatusError
 	if !errors.As(err, &status) || status.Code != 404 {
 		t.Errorf("%v", err)
 	}
-	if l, err := c.ErofsLayer(t.Context(), im, registry.Selector{}); err != nil || l.Index != 0 {
+	if l, err := oneLayer(t, c, im, registry.Selector{}); err != nil || l.Index != 0 {
 		t.Errorf("%+v, %v", l, err)
 	}
 }

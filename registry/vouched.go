@@ -40,10 +40,6 @@ type VouchedVerity struct {
 	Root      []byte
 }
 
-// maxChunkIndex is the size that an index may have: as in package verified, which would
-// refuse a larger one.
-const maxChunkIndex = 64 << 20
-
 // Vouched reads what the image says of its layer l. What it says wrongly is an error.
 func (im *Image) Vouched(l Layer) (v Vouched, err error) {
 	v.Compressed = layerKindOf(l.MediaType) == kindErofsZstd
@@ -74,8 +70,8 @@ func (v *Vouched) readIndex(im *Image, l Layer) error {
 	if target := holder.Annotations[AnnotationChunkIndexTarget]; target != l.Digest.String() {
 		return fmt.Errorf("layer %d is a chunk index for %s, and not for the layer before it", next, clean(target, 120))
 	}
-	if holder.Size <= 0 || holder.Size > maxChunkIndex {
-		return fmt.Errorf("layer %d is a chunk index of %d bytes; at most %d are taken", next, holder.Size, int64(maxChunkIndex))
+	if holder.Size <= 0 || holder.Size > integrity.MaxChunkIndex {
+		return fmt.Errorf("layer %d is a chunk index of %d bytes; at most %d are taken", next, holder.Size, int64(integrity.MaxChunkIndex))
 	}
 	v.Index = &VouchedIndex{Holder: holder.Descriptor, Len: holder.Size, Digest: holder.Digest, DataEnd: l.Size}
 	return nil
@@ -90,7 +86,7 @@ func (v *Vouched) readEmbedded(l Layer, text string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", AnnotationChunkIndexRange, err)
 	}
-	off, n, err := r.In(l.Size, maxChunkIndex)
+	off, n, err := r.In(l.Size, integrity.MaxChunkIndex)
 	if err != nil {
 		return fmt.Errorf("%s: %w", AnnotationChunkIndexRange, err)
 	}

@@ -33,9 +33,9 @@ type Options struct {
 	// Lines is how many lines of one kind get through within Window, which begins with the first of them. A kind is a
 	// level, a message, an errno, and the blob, host, mirror or device that it is about. Beside these, the first line
 	// about each of a few inodes or files gets through. While a kind goes on, each window is twice as long as the one
-	// before it, up to 60 of the first; it is over when no line came within Window. What is left out is counted: a line says so when the window ends,
-	// or when the log is closed. Nothing is left out where Level lets debugging through: who asks for everything is to
-	// get it. 0 and 0 are the defaults.
+	// before it, up to 60 of the first; it is over when no line came within Window. What is left out is counted: a line
+	// says so when the window ends, or when the log is closed. Nothing is left out where Level lets debugging through:
+	// who asks for everything is to get it. 0 and 0 are the defaults.
 	Lines  int
 	Window time.Duration
 }

@@ -147,7 +147,7 @@ func (c *Cache) Remove(digest string) (freed int64, err error) {
 		names, err := c.names()
 		errs := []error{err}
 		for _, name := range names {
-			if of, _, _ := parseFileName(name); of == digest || strings.HasPrefix(of, digest+"+") {
+			if of, _, _ := parseFileName(name); strings.HasPrefix(of, digest+"+") {
 				found = true
 				n, err := c.removeFile(name)
 				freed, errs = freed+n, append(errs, err)

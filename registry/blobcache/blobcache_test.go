@@ -246,9 +246,10 @@ func TestOpenRefuses(t *testing.T) {
 	for _, digest := range []string{
 		"", ":", "sha256", "sha256:", "sha256:" + hex[1:], "sha256:" + hex + "a", "sha256:" + strings.ToUpper(hex),
 		"sha256:" + hex[2:] + "/.", "../x:" + hex, "md5:" + hex[:32], "sha512:" + hex, "sha256:" + hex[1:] + "\x00", "SHA256:" + hex,
+		"sha256:" + strings.Repeat(hex, 100), "x:" + strings.Repeat(hex, 100),
 	} {
-		if _, err := c.Open(digest, 1, newServer(1), OpenOptions{}); err == nil {
-			t.Errorf("digest %q was accepted", digest)
+		if _, err := c.Open(digest, 1, newServer(1), OpenOptions{}); err == nil || len(err.Error()) > 200 {
+			t.Errorf("digest %q: %v", digest, err)
 		}
 	}
 	for _, size := range []int64{-1, maxBlobSize + 1, 1 << 62} {

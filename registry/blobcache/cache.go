@@ -2,16 +2,18 @@ package blobcache
 
 import (
 	"context"
+	_ "crypto/sha256" // of digests
+	_ "crypto/sha512"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 )
 
@@ -28,7 +30,7 @@ type Options struct {
 	MaxSpan    int64 // the most that one Fetch asks for, in whole chunks and at least one; 8 MiB if zero
 	MaxFetches int   // fetches that somebody waits for, under way at a time, all blobs together; 16 if zero
 	Readahead  int64 // the most that is fetched ahead of a reader; 16 MiB if zero, nothing if negative
-	MaxAhead   int   // fetches under way beside those that nobody waits for; 4 if zero
+	MaxAhead   int   // fetches that nobody waits for, under way beside the MaxFetches; 4 if zero
 	// MaxPrefetches is how many fetches of Prefetch are under way at a time, of all blobs together; 2 if zero.
 	MaxPrefetches int
 	// OneAtATime says that the Fetcher has room for one fetch only: what Prefetch has under way then does not pause for a
@@ -54,6 +56,12 @@ type Options struct {
 	Logger   *slog.Logger // silent if nil
 }
 
+// A unit is a multiple of MinChunkSize, and at most MaxChunkSize.
+const (
+	MinChunkSize = 4 << 10
+	MaxChunkSize = 16 << 20
+)
+
 const (
 	defaultChunkSize  = 256 << 10
 	defaultMaxSpan    = 8 << 20
@@ -62,8 +70,6 @@ const (
 	defaultMaxAhead   = 4
 	defaultPatience   = 20 * time.Second
 	defaultPrefetches = 2
-	minChunkSize      = 4 << 10
-	maxChunkSize      = 16 << 20
 	maxLoads          = 16
 	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
 	// chunks, 8 MiB at the usual ones. It is also what one ext4 file can hold.
@@ -114,8 +120,8 @@ func (o Options) withDefaults() (Options, error) {
 }
 
 func checkUnit(n int64) error {
-	if n < minChunkSize || n > maxChunkSize || n%minChunkSize != 0 {
-		return fmt.Errorf("chunk size %d: must be a multiple of %d up to %d", n, minChunkSize, maxChunkSize)
+	if n < MinChunkSize || n > MaxChunkSize || n%MinChunkSize != 0 {
+		return fmt.Errorf("chunk size %d: must be a multiple of %d up to %d", n, MinChunkSize, MaxChunkSize)
 	}
 	return nil
 }
@@ -124,10 +130,11 @@ func checkUnit(n int64) error {
 type OpenOptions struct {
 	// Verify is called with the bytes of a chunk, from off in the blob, before anybody reads them and once for each
 	// time that this process takes the chunk in, be it from the Fetcher or from the disk. A chunk for which it returns
-	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of the
-	// disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any other
-	// error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error. It may be called in parallel, must not
-	// keep p, and must not read the blob through this cache. nil: nothing is verified.
+	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of
+	// the disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any
+	// other error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error.
+	// It may be called in parallel, must not keep p, and must not read the blob through this cache. nil: nothing is
+	// verified.
 	Verify func(ctx context.Context, p []byte, off int64) error
 	// Vouched says that f verifies what it brings: it has passed, see Passed.
 	Vouched bool
@@ -369,15 +376,9 @@ func (c *Cache) release(s *store) error {
 }
 
 // checkDigest allows what an OCI digest may be. A file name is made from it, and it may come from a server.
-func checkDigest(digest string) error {
-	algorithm, hex, _ := strings.Cut(digest, ":")
-	lengths := map[string]int{"sha256": 64, "sha384": 96, "sha512": 128}
-	want, ok := lengths[algorithm]
-	if !ok {
-		return fmt.Errorf("digest %.80q: must be one of sha256, sha384 or sha512", digest)
-	}
-	if len(hex) != want || strings.Trim(hex, "0123456789abcdef") != "" {
-		return fmt.Errorf("digest %.160q: %s must be followed by %d lower-case hex digits", digest, algorithm, want)
+func checkDigest(s string) error {
+	if err := digest.Digest(s).Validate(); err != nil {
+		return fmt.Errorf("digest %.80q: %w", s, err)
 	}
 	return nil
 }

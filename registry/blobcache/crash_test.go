@@ -337,8 +337,8 @@ func TestStrangeFiles(t *testing.T) {
 		{"empty", func(n string) error { return os.Truncate(n, 0) }, ""},
 		{"short", func(n string) error { return os.Truncate(n, headerSize+7) }, ""},
 		{"long", func(n string) error { return os.Truncate(n, 1<<30) }, ""},
-		{"of another size", func(n string) error { return put(n, newLayout(testDigest, 4*cs, cs)) }, ""},
-		{"of another digest", func(n string) error { return put(n, newLayout("sha256:"+strings.Repeat("a", 64), 3*cs, cs)) }, ""},
+		{"of another size", func(n string) error { return put(n, newLayout(nameOf(testDigest, 4*cs, ""), 4*cs, cs)) }, ""},
+		{"of another digest", func(n string) error { return put(n, newLayout(nameOf(anotherDigest, 3*cs, ""), 3*cs, cs)) }, ""},
 		{"link", func(n string) error { return errors.Join(os.Rename(n, n+"x"), os.Symlink(n+"x", n)) }, "too many levels"},
 		{"directory", func(n string) error { return errors.Join(os.Remove(n), os.Mkdir(n, 0o700)) }, "is a directory"},
 		{"pipe", func(n string) error { return errors.Join(os.Remove(n), unix.Mkfifo(n, 0o600)) }, "is not a file"},
@@ -367,7 +367,7 @@ func TestStrangeFiles(t *testing.T) {
 	}
 	dir := t.TempDir()
 	openBlob(t, openCacheAt(t, dir, o), s)
-	if err := put(fileOf(dir, 3*cs, cs), newLayout(testDigest, 4*cs, cs)); err != nil {
+	if err := put(fileOf(dir, 3*cs, cs), newLayout(nameOf(testDigest, 4*cs, ""), 4*cs, cs)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := openCacheAt(t, dir, o).Open(testDigest, 3*cs, s, OpenOptions{}); err == nil || !strings.Contains(err.Error(), "another process uses it") {

@@ -124,14 +124,14 @@ func nameOf(digest string, size int64, origin string) string {
 
 const originSize = 32 // hex digits
 
-// checkName allows what nameOf makes, and a digest alone, which is what earlier builds kept a blob under.
+// checkName allows what nameOf makes.
 func checkName(name string) error {
-	digest, origin, more := strings.Cut(name, "+")
+	digest, origin, _ := strings.Cut(name, "+")
 	if err := checkDigest(digest); err != nil {
 		return err
 	}
-	if more && (len(origin) != originSize || strings.Trim(origin, "0123456789abcdef") != "") {
-		return fmt.Errorf("name %.200q: the + must be followed by %d lower-case hex digits", name, originSize)
+	if len(origin) != originSize || strings.Trim(origin, "0123456789abcdef") != "" {
+		return fmt.Errorf("name %.200q: want a + behind the digest, and %d lower-case hex digits", name, originSize)
 	}
 	return nil
 }

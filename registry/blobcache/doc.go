@@ -44,15 +44,16 @@
 //	for chunks of those under way only ──────── they go on, at no limit, until the chunks are there
 //	                                            others may begin, and read until the body of one of these is there
 //
-// A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second (512 KiB, as
-// long as no body has shown how much that is), or than a rate allows for a second. Its flights have slots of their own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks
-// as they begin, what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their
-// failures are not those of readers, but of Prefetch, which ends with the first. Readers in other processes have them wait
-// in the same way, but for 2 s before a flight begins and for 2 s once its body is there: such a process may stand still, or
-// its registry. That is seen by a lock within 10 ms (see outside); who waits for the lock of a chunk does not hold it, and
-// waits no longer than a pause and a piece take. At a rate of less than a chunk a
-// second that would be long: there a flight waits before it begins, and then reads its one chunk at once. A stream of the
-// background locks a chunk only to write it.
+// A prefetch goes through its range in pieces of up to 4 MiB, but no more than comes in a quarter of a second (512 KiB,
+// as long as no body has shown how much that is), or than a rate allows for a second. Its flights have slots of their
+// own (MaxPrefetches) and are otherwise like those of readahead: they take the locks of their chunks as they begin,
+// what other processes fetch is waited for, what they bring is fresh until somebody reads it, and their failures are
+// not those of readers, but of Prefetch, which ends with the first. Readers in other processes have them wait in the
+// same way, but for 2 s before a flight begins and for 2 s once its body is there: such a process may stand still, or
+// its registry. That is seen by a lock within 10 ms (see outside); who waits for the lock of a chunk does not hold it,
+// and waits no longer than a pause and a piece take. At a rate of less than a chunk a second that would be long: there
+// a flight waits before it begins, and then reads its one chunk at once. A stream of the background locks a chunk only
+// to write it.
 //
 // A pause is that nobody reads from the body: what the kernel has room for still comes, and then the server waits. A
 // Fetcher that bounds the time without progress must count only the time inside Read, as package registry does; a
@@ -66,9 +67,10 @@
 //
 // # On disk
 //
-// The directory is its owner's alone. It has a file for each blob, unit and origin, named after the digest, the unit and
-// a hash of size and origin (see OpenOptions.Origin), with byte i of the blob at base + i and holes where chunks are absent; in front of that a checksum of each chunk that is there (see
-// format.go), and "space", the number of bytes that all of them take.
+// The directory is its owner's alone. It has a file for each blob, unit and origin, named after the digest, the unit
+// and a hash of size and origin (see OpenOptions.Origin), with byte i of the blob at base + i and holes where chunks
+// are absent; in front of that a checksum of each chunk that is there (see format.go), and "space", the number of bytes
+// that all of them take.
 //
 // # Several processes
 //
@@ -97,8 +99,8 @@
 // Nothing is synced and nothing is marked clean or unclean. A chunk's data is written before its checksum, so whatever
 // a killed process leaves is whole; of what a power failure leaves, any sector may be old or missing. Therefore a
 // process believes no chunk that it finds: it reads all of it and compares the checksum (and calls Verify) before its
-// first use, once for each lease. A chunk that differs is fetched again; where Verify could not tell, it stays. A bit that flips on disk later, while the
-// lease lasts, is noticed with Options.Paranoid only.
+// first use, once for each lease. A chunk that differs is fetched again; where Verify could not tell, it stays. A bit
+// that flips on disk later, while the lease lasts, is noticed with Options.Paranoid only.
 //
 // # Limits
 //

@@ -51,7 +51,7 @@ func (c *Cache) find(digest string, f func(name string, k Kept)) error {
 		}
 		for _, file := range names {
 			name, _, _ := parseFileName(file)
-			if name != digest && !strings.HasPrefix(name, digest+"+") {
+			if !strings.HasPrefix(name, digest+"+") {
 				continue
 			}
 			t := &tenant{cache: c, name: file}

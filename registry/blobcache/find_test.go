@@ -1,10 +1,13 @@
 package blobcache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -125,4 +128,65 @@ func TestBeneath(t *testing.T) {
 		}
 		tree.checkOnce(t)
 	})
+}
+
+// TestStrayFiles: what has not the name of a blob's file is in nobody's way, and stays: neither read nor counted nor
+// evicted, even where a blob's header is in it.
+func TestStrayFiles(t *testing.T) {
+	dir := t.TempDir() + "/cache"
+	o := Options{ChunkSize: cs, Readahead: -1}
+	s := newServer(3 * cs)
+	fillCache(t, dir, o, s)
+	want, err := openCacheAt(t, dir, o).Usage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nameless := newLayout(testDigest, 3*cs, cs) // without origin
+	strays := map[string][]byte{
+		fileName(testDigest, cs): nameless.header(),
+		"notes.4096":             []byte("mine"),
+		"sha256-":                nil,
+	}
+	for name, content := range strays {
+		if err := os.WriteFile(filepath.Join(dir, version, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := openCacheAt(t, dir, o)
+	asked := len(s.asked())
+	b := openBlob(t, c, s)
+	if err := errors.Join(readNow(ctx, b, s, 0, 3*cs), b.Close()); err != nil || len(s.asked()) != asked {
+		t.Errorf("what is kept beside them: requests %v, %v", s.asked(), err)
+	}
+	if list, err := c.List(); err != nil || len(list) != 1 || list[0].Digest != testDigest || list[0].Present != 3*cs {
+		t.Errorf("list: %+v, %v", list, err)
+	}
+	if got, err := c.Usage(); err != nil || got.Blobs != 1 || got.Occupied != want.Occupied {
+		t.Errorf("%+v, %v; want %+v", got, err, want)
+	}
+	if sizes, err := c.Sizes(testDigest, ""); err != nil || !slices.Equal(sizes, []int64{3 * cs}) {
+		t.Errorf("sizes %v, %v", sizes, err)
+	}
+	if err := c.Verify(ctx, func(k Check) error {
+		if k.Chunks != 3 || k.Damaged != 0 {
+			t.Errorf("%+v", k)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Remove(testDigest); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Remove(testDigest); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("there is no more of it: %v", err)
+	}
+	if _, err := c.Prune(0); err != nil {
+		t.Error(err)
+	}
+	for name, content := range strays {
+		if got, err := os.ReadFile(filepath.Join(dir, version, name)); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
 }

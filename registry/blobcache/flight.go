@@ -50,9 +50,9 @@ func (f *flight) quiet() bool {
 	return time.Since(time.Unix(0, f.heard.Load())) > quiet && !f.paused.Load()
 }
 
-// want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
-// are nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become flights, and never does a chunk have two.
-// behind says that flights of the background bring all that is in flight.
+// want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones are
+// nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become
+// flights, and never does a chunk have two. behind says that flights of the background bring all that is in flight.
 func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
 	s := b.store
 	wanted := make([]*pending, end-first)

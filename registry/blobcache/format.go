@@ -81,7 +81,7 @@ func parseHeader(b []byte) (layout, error) {
 		return layout{}, errors.New("its header is damaged")
 	}
 	size, unit := binary.LittleEndian.Uint64(b[16:]), binary.LittleEndian.Uint64(b[24:])
-	if size > maxBlobSize || unit > maxChunkSize {
+	if size > maxBlobSize || unit > MaxChunkSize {
 		return layout{}, fmt.Errorf("its header says %d bytes in chunks of %d", size, unit)
 	}
 	if err := checkUnit(int64(unit)); err != nil {

@@ -203,7 +203,7 @@ func TestNames(t *testing.T) {
 	good := "0123456789abcdef0123456789abcdef"
 	for file, ok := range map[string]bool{
 		"sha256-" + hex + "+" + good + ".4096":        true,
-		"sha256-" + hex + ".4096":                     true,
+		"sha256-" + hex + ".4096":                     false,
 		"sha256-" + hex + "+.4096":                    false,
 		"sha256-" + hex + "+" + good[1:] + ".4096":    false,
 		"sha256-" + hex + "+" + good + "0.4096":       false,

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 }
 
 // cs is the chunk size of the tests that choose it.
-const cs = minChunkSize
+const cs = MinChunkSize
 
 // testDigest is well formed; nothing here looks at what it stands for.
 var testDigest = "sha256:" + strings.Repeat("0123456789abcdef", 4)

@@ -100,7 +100,7 @@ func newSpace(c *Cache) (*space, error) {
 	}
 	s.grant = usualGrant
 	if s.limit > 0 {
-		s.grant = min(s.grant, max(s.limit/16, minChunkSize))
+		s.grant = min(s.grant, max(s.limit/16, MinChunkSize))
 	}
 	var err error
 	if s.file, err = c.openPrivate("space", unix.O_CREAT); err != nil {

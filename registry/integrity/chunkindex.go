@@ -29,6 +29,10 @@ const (
 // DefaultMaxChunk is the length that a chunk may have unless ChunkLimits say another.
 const DefaultMaxChunk = 16 << 20
 
+// MaxChunkIndex is the size of an index that a reader should take: that of 350 GiB in chunks
+// of 256 KiB and SHA-256. It is in memory twice while it is read, and once afterwards.
+const MaxChunkIndex = 64 << 20
+
 // ChunkLimits say what an index may demand of its reader.
 type ChunkLimits struct {
 	// MaxChunk bounds the length of a chunk, stored as well as decompressed, since a

@@ -3,10 +3,14 @@ package profile
 import (
 	"cmp"
 	"container/heap"
+	_ "crypto/sha256" // of digests
+	_ "crypto/sha512"
 	"fmt"
 	"math"
 	"slices"
 	"strings"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // A Profile is what was read. New, Parse, Merge and a Recorder make one; it is not to be changed.
@@ -88,11 +92,9 @@ func (r Read) check(size int64) error {
 }
 
 // checkDigest allows what an OCI digest may be: it is printed and compared, and comes from a file.
-func checkDigest(digest string) error {
-	algorithm, hex, _ := strings.Cut(digest, ":")
-	want := map[string]int{"sha256": 64, "sha384": 96, "sha512": 128}[algorithm]
-	if want == 0 || len(hex) != want || strings.Trim(hex, "0123456789abcdef") != "" {
-		return fmt.Errorf("%.160q is not a digest: want sha256, sha384 or sha512, a colon and lower-case hex digits", digest)
+func checkDigest(s string) error {
+	if err := digest.Digest(s).Validate(); err != nil {
+		return fmt.Errorf("%.80q is not a digest: %w", s, err)
 	}
 	return nil
 }

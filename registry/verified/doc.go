@@ -51,6 +51,6 @@
 //
 // [CheckWhole] is what is left: the digest of the blob, when every byte of it is here.
 // Until then nothing is known, and nothing here says otherwise. It is the digest of what
-// is there at that moment; [Same] sees to it that this is what was there before, and what
-// will be there.
+// is there at that moment. That this is what was there before, and what will be there, is
+// for who keeps the blob to know, as package blobcache does (Blob.Examine, Blob.Changed).
 package verified

@@ -40,22 +40,35 @@ func fetch(ctx context.Context, f Fetcher, off, n int64, why error) (body io.Rea
 	return f.Fetch(ctx, off, n)
 }
 
+// FetchFrom fetches n bytes from off, and not from where something was wrong if why is not
+// nil and f knows several places. The body begins at off, whatever the server sends, and may
+// go on behind what was asked for.
+func FetchFrom(ctx context.Context, f Fetcher, off, n int64, why error) (io.ReadCloser, error) {
+	body, start, _, err := fetch(ctx, f, off, n, why)
+	if err != nil {
+		return nil, err
+	}
+	if start < 0 || start > off {
+		err = fmt.Errorf("the body starts at %d, and %d bytes at %d were asked for", start, n, off)
+	} else if _, err = io.CopyN(io.Discard, body, off-start); err != nil {
+		err = broken(err, off)
+	}
+	if err != nil {
+		return nil, errors.Join(err, body.Close())
+	}
+	return body, nil
+}
+
 // fill fills all of p from off.
 func fill(ctx context.Context, f Fetcher, p []byte, off int64, why error) error {
 	if len(p) == 0 {
 		return nil
 	}
-	body, start, _, err := fetch(ctx, f, off, int64(len(p)), why)
+	body, err := FetchFrom(ctx, f, off, int64(len(p)), why)
 	if err != nil {
 		return fmt.Errorf("fetch %d bytes at %d: %w", len(p), off, err)
 	}
 	defer body.Close() // what was read of it is what was asked for
-	if start < 0 || start > off {
-		return fmt.Errorf("fetch %d bytes at %d: the body starts at %d", len(p), off, start)
-	}
-	if _, err := io.CopyN(io.Discard, body, off-start); err != nil {
-		return broken(err, off)
-	}
 	if n, err := io.ReadFull(body, p); err != nil {
 		return broken(err, off+int64(n))
 	}

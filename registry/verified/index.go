@@ -11,10 +11,6 @@ import (
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 )
 
-// MaxIndex is the size that a chunk index may have: that of 350 GiB in chunks of 256 KiB
-// and SHA-256. It is in memory twice while it is read, and once afterwards.
-const MaxIndex = 64 << 20
-
 // An IndexPlace says where a chunk index is, and what it is. All of it comes from the
 // manifest.
 type IndexPlace struct {
@@ -45,8 +41,8 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 	if !named && !p.Unchecked {
 		return nil, fmt.Errorf("chunk index: %w", doubt)
 	}
-	if p.Off < 0 || p.Len <= 0 || p.Len > MaxIndex {
-		return nil, fmt.Errorf("chunk index: %d bytes at %d: at most %d are taken: %w", p.Len, p.Off, int64(MaxIndex), integrity.ErrCorrupt)
+	if p.Off < 0 || p.Len <= 0 || p.Len > integrity.MaxChunkIndex {
+		return nil, fmt.Errorf("chunk index: %d bytes at %d: at most %d are taken: %w", p.Len, p.Off, int64(integrity.MaxChunkIndex), integrity.ErrCorrupt)
 	}
 	stored := make([]byte, p.Len)
 	var raw []byte
@@ -59,7 +55,7 @@ func ReadIndex(ctx context.Context, holder, blob Fetcher, p IndexPlace) (*Index,
 			}
 		}
 		if named {
-			doubt = want.check("the chunk index", want.of(raw))
+			doubt = checkDigest("the chunk index", want, want.Algorithm().FromBytes(raw))
 		}
 		if p.Unchecked {
 			return nil

@@ -77,7 +77,7 @@ func TestReadIndex(t *testing.T) {
 	for what, p := range map[string]verified.IndexPlace{
 		"digest":       {Off: 1, Len: 10, Digest: "md5:00"},
 		"short digest": {Off: 1, Len: 10, Digest: "sha256:00"},
-		"length":       {Off: 1, Len: verified.MaxIndex + 1, Digest: place(raw).Digest},
+		"length":       {Off: 1, Len: integrity.MaxChunkIndex + 1, Digest: place(raw).Digest},
 		"nothing":      {Off: 1, Digest: place(raw).Digest},
 	} {
 		if _, err := verified.ReadIndex(t.Context(), s, s, p); err == nil {

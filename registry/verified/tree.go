@@ -12,13 +12,12 @@ import (
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 )
 
-const (
-	// partSize is how much of a tree is fetched at once: the digests of 32 MiB of data, in
-	// blocks of 4096 and SHA-256. It is a multiple of every block size.
-	partSize = 256 << 10
-	// maxParts are remembered.
-	maxParts = 64
-)
+// TreePart is how much of a tree is fetched at once: the digests of 32 MiB of data, in
+// blocks of 4096 and SHA-256. It is a multiple of every block size.
+const TreePart = 256 << 10
+
+// maxParts are remembered.
+const maxParts = 64
 
 // A Tree verifies blocks of a blob by its dm-verity tree. Together with its hook Verify it
 // is the Fetcher of a cache: chunks that Verify found wrong it fetches from elsewhere.
@@ -31,19 +30,29 @@ type Tree struct {
 	wrongLeaves
 }
 
-// OpenTree reads the beginning of the tree that root speaks of, with one GET, and
-// verifies its root. More of it is read when it is needed.
-func OpenTree(ctx context.Context, blob Fetcher, root integrity.VerityRoot) (*Tree, error) {
+// TreeSize is how many bytes the tree has that root speaks of. There is an error where it
+// cannot be, which OpenTree returns, too.
+func TreeSize(root integrity.VerityRoot) (int64, error) {
 	alg := integrity.SHA256
 	if len(root.Digest) == integrity.SHA512.Size() {
 		alg = integrity.SHA512
 	}
 	n, err := integrity.VeritySize(root.HashOffset, integrity.VerityOptions{Algorithm: alg, BlockSize: root.BlockSize})
 	if err != nil {
-		return nil, fmt.Errorf("dm-verity: %w: %w", err, integrity.ErrCorrupt)
+		return 0, fmt.Errorf("dm-verity: %w: %w", err, integrity.ErrCorrupt)
 	}
 	if n > root.Size-root.HashOffset {
-		return nil, fmt.Errorf("dm-verity: a tree of %d bytes at %d of a blob of %d: %w", n, root.HashOffset, root.Size, integrity.ErrCorrupt)
+		return 0, fmt.Errorf("dm-verity: a tree of %d bytes at %d of a blob of %d: %w", n, root.HashOffset, root.Size, integrity.ErrCorrupt)
+	}
+	return n, nil
+}
+
+// OpenTree reads the beginning of the tree that root speaks of, with one GET, and
+// verifies its root. More of it is read when it is needed.
+func OpenTree(ctx context.Context, blob Fetcher, root integrity.VerityRoot) (*Tree, error) {
+	n, err := TreeSize(root)
+	if err != nil {
+		return nil, err
 	}
 	t := &Tree{suspects: suspects{blob: blob, total: root.Size}, size: root.HashOffset, parts: newParts(blob, root.HashOffset, root.HashOffset+n)}
 	for try := again(blob); ; try-- {
@@ -128,7 +137,7 @@ func (t *Tree) fetchPrepared(ctx context.Context, off, n int64, all bool) (body 
 // there is room to remember all of it.
 func (t *Tree) further() bool {
 	n := t.parts.end - t.parts.off
-	return n > partSize && n <= maxParts*partSize
+	return n > TreePart && n <= maxParts*TreePart
 }
 
 // A first is the first left bytes of a body, which notes whether there are more.
@@ -162,7 +171,7 @@ func (r *partsReader) Read(p []byte) (int, error) {
 	if r.off == r.end {
 		return 0, io.EOF
 	}
-	inPart := partSize - (r.off-r.parts.off)%partSize
+	inPart := TreePart - (r.off-r.parts.off)%TreePart
 	n := min(int64(len(p)), r.end-r.off, inPart)
 	if err := r.parts.read(r.ctx, p[:n], r.off); err != nil {
 		return 0, err
@@ -223,8 +232,8 @@ func newParts(blob Fetcher, off, end int64) *parts {
 
 // read is an integrity.ReadFunc. A block does not lie across parts.
 func (t *parts) read(ctx context.Context, p []byte, off int64) error {
-	n := (off - t.off) / partSize
-	at := off - t.off - n*partSize
+	n := (off - t.off) / TreePart
+	at := off - t.off - n*TreePart
 	for {
 		pt, mine, why := t.get(n)
 		if mine {
@@ -275,8 +284,8 @@ func (t *parts) drop(e *list.Element) {
 
 func (t *parts) fetch(ctx context.Context, pt *part, why error) {
 	defer close(pt.done)
-	off := t.off + pt.n*partSize
-	data := make([]byte, min(partSize, t.end-off))
+	off := t.off + pt.n*TreePart
+	data := make([]byte, min(TreePart, t.end-off))
 	if pt.err = fill(ctx, t.blob, data, off, why); pt.err == nil {
 		pt.data = data
 		return
@@ -292,7 +301,7 @@ func (t *parts) fetch(ctx context.Context, pt *part, why error) {
 func (t *parts) forget(off int64, why error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	n := (off - t.off) / partSize
+	n := (off - t.off) / TreePart
 	if e := t.parts[n]; e != nil {
 		t.drop(e)
 	}
