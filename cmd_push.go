@@ -50,7 +50,7 @@ func (p *program) push(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	lay, err := readScratch(c)
+	how, err := readScratch(c)
 	if err != nil {
 		return err
 	}
@@ -66,7 +66,7 @@ func (p *program) push(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	from, err := p.treeOptions(c, lay)
+	from, err := p.treeOptions(c, how)
 	if err != nil {
 		return err
 	}
@@ -102,7 +102,7 @@ func (p *program) push(c *cli.Context) (err error) {
 		return err
 	}
 	from.steps.close()
-	return p.reportPush(dest, put.Digest, fmt.Sprintf("1 layer of %s; %.1f s", sizeText(blob.desc.Size), time.Since(begun).Seconds()), lay.quiet)
+	return p.reportPush(dest, put.Digest, fmt.Sprintf("1 layer of %s; %.1f s", sizeText(blob.desc.Size), time.Since(begun).Seconds()), how.quiet)
 }
 
 // reportPush prints the closing line.
