@@ -100,7 +100,7 @@ func (p *program) checkVolume(c *cli.Context, src erofsfmt.ReaderAt, options ero
 		found = func(f erofsfmt.Fault) { steps.print(p.stdout, f.String()) }
 	}
 	stats, err := erofsfmt.Check(c.Context, src, options, found)
-	step.end(errStop) // the line below says it
+	step.leave()
 	steps.close()
 	if err != nil {
 		return stats, err

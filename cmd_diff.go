@@ -110,7 +110,7 @@ func (p *program) diff(c *cli.Context) (err error) {
 	}
 	d.step = o.steps.begin("compare", contentSize(d.sides[0]))
 	err = d.run()
-	d.step.end(errStop) // the line below says it
+	d.step.leave()
 	o.steps.close()
 	if err != nil {
 		return err

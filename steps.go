@@ -158,19 +158,21 @@ func (t *step) Write(p []byte) (int, error) { t.add(len(p)); return len(p), nil 
 
 // end ends a step; what failed the command's error says.
 func (t *step) end(err error) {
-	if t == nil {
-		return
-	}
-	if t.bar != nil {
-		t.bar.Abort(true)
-	}
-	if err != nil {
+	t.leave()
+	if t == nil || err != nil {
 		return
 	}
 	t.mu.Lock()
 	line := fmt.Sprintf("%s: %s in %.1f s%s", t.what, sizeText(t.done), time.Since(t.begun).Seconds(), t.note)
 	t.mu.Unlock()
 	t.of.say("%s", line)
+}
+
+// leave ends a step of which others say what came of it.
+func (t *step) leave() {
+	if t != nil && t.bar != nil {
+		t.bar.Abort(true)
+	}
 }
 
 // say prints a line.

@@ -170,7 +170,7 @@ func TestTerminalLines(t *testing.T) {
 	if step.done != 50 || step.files != 100 || step.note != ", 100 of 100 files" {
 		t.Errorf("%d bytes, %d files, %q", step.done, step.files, step.note)
 	}
-	step.end(errStop)
+	step.leave()
 	steps.close()
 	steps.close()
 	log.Error("logged at last")
