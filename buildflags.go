@@ -4,7 +4,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -37,11 +36,6 @@ func buildFlags() []cli.Flag {
 		&cli.StringFlag{Name: "tmp-limit", Usage: "keep at most `SIZE` of layers there, and at most as much of what they are made of: the data of archives that cannot be read again, and compressed data", DefaultText: "no limit"},
 		&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "say nothing but the digest at the end"},
 	}
-}
-
-// without leaves one of the flags out.
-func without(flags []cli.Flag, name string) []cli.Flag {
-	return slices.DeleteFunc(flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), name) })
 }
 
 // buildOptions are what the buildFlags say.

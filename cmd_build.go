@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
-	"github.com/erofs-oci/erofs-oci/registry"
 )
 
 func (p *program) buildCommand() *cli.Command {
@@ -88,23 +87,6 @@ func checkSource(c *cli.Context, at place) error {
 		}
 	}
 	return nil
-}
-
-// treeOptions reads the flags that say how a source is read.
-func (p *program) treeOptions(c *cli.Context, how *buildOptions) (treeOptions, error) {
-	log, err := p.newCommandLog(c)
-	if err != nil {
-		return treeOptions{}, err
-	}
-	s := &sourceOptions{}
-	if err := p.registryOptions(c, s, log); err != nil {
-		return treeOptions{}, err
-	}
-	s.selector.Prefer = registry.PreferTar
-	return treeOptions{
-		selector: s.selector, client: s.client, oneFS: c.Bool("one-file-system"), stdin: p.stdin,
-		scratch: &scratch{dir: how.tmp, limit: how.tmpLimit}, steps: p.newSteps(how.quiet),
-	}, nil
 }
 
 // A built is what became of a tree.

@@ -3,13 +3,11 @@ package main
 import (
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
-	"golang.org/x/sys/unix"
 )
 
 // progressPause is how often a terminal is told how far a command has come.
@@ -40,16 +38,6 @@ type step struct {
 	done  int64
 	files int64
 	note  string
-}
-
-// isTerminal says whether somebody sees at once what is written.
-func isTerminal(w any) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 func (p *program) newSteps(quiet bool) *steps {
