@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -107,10 +106,8 @@ func parseMount(c *cli.Context) (m *mountRequest, err error) {
 	if m.overlay != "" && m.inMemory {
 		return nil, usagef("--overlay and --tmpfs-overlay exclude each other")
 	}
-	if m.overlay != "" {
-		if m.overlay, err = filepath.Abs(m.overlay); err != nil {
-			return nil, err
-		}
+	if m.overlay, err = absolute(m.overlay); err != nil {
+		return nil, err
 	}
 	switch m.backend {
 	case backend.NBD, backend.FILE, backend.FUSE:

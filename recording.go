@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -24,8 +23,7 @@ func recordOption(c *cli.Context) (string, error) {
 	if c.String("record") == "" {
 		return "", usagef("--record needs the name of a file")
 	}
-	// A server in the background has another working directory.
-	file, err := filepath.Abs(c.String("record"))
+	file, err := absolute(c.String("record"))
 	if err != nil {
 		return "", err
 	}
