@@ -341,12 +341,12 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 	if s.record == "" {
 		return nil
 	}
-	record := newRecording
-	if s.resume {
-		record = resumeRecording
-	}
 	var err error
-	o.recording, err = record(s.record, o.layers, log)
+	if s.resume {
+		o.recording, err = resumeRecording(s.record, o.layers, log)
+	} else {
+		o.recording, err = newRecording(s.record, nil, o.layers, log)
+	}
 	return err
 }
 
