@@ -205,12 +205,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err := run.CheckUpper(m.overlay); err != nil {
 		return err
 	}
-	rec := backend.Record{
-		Reference: m.source.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
-		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
-		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
-	}
-	log.options.note(&rec.Access)
+	rec := m.record(log)
 	if err := claim.Write(rec); err != nil {
 		return err
 	}
@@ -251,6 +246,17 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	}
 	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
+}
+
+// record is what is known of the mount before it is there.
+func (m *mountRequest) record(log *serverLog) backend.Record {
+	rec := backend.Record{
+		Reference: m.source.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
+		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
+		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
+	}
+	log.options.note(&rec.Access)
+	return rec
 }
 
 // serverSignals are the signals that end a server. Who reads what it says may go
