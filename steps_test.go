@@ -23,6 +23,7 @@ import (
 // A screen is what somebody sees who looks at a terminal of 100 columns and 30 rows, with all that left it at the top.
 type screen struct {
 	tty  *os.File // for the program
+	ptmx *os.File // the other end
 	done sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows
@@ -42,22 +43,25 @@ func newScreen(t *testing.T, text string) *screen {
 	tty, err := os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
 	must(t, err)
 	must(t, unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 30, Col: 100}))
-	s := &screen{tty: tty, waiting: text, seen: make(chan struct{})}
-	s.done.Go(func() { s.watch(ptmx) })
+	s := &screen{tty: tty, ptmx: ptmx, waiting: text, seen: make(chan struct{})}
+	s.done.Go(s.watch)
 	t.Cleanup(func() {
 		tty.Close()
-		s.done.Wait()
 		ptmx.Close()
+		s.done.Wait()
 	})
 	return s
 }
 
-func (s *screen) watch(ptmx *os.File) {
+// hangUp takes the terminal away.
+func (s *screen) hangUp() error { return s.ptmx.Close() }
+
+func (s *screen) watch() {
 	p := make([]byte, 4096)
 	for {
-		n, err := ptmx.Read(p)
+		n, err := s.ptmx.Read(p)
 		if err != nil {
-			return // EIO: the program has closed it
+			return // the program has closed it, or it is gone
 		}
 		s.mu.Lock()
 		s.text = append(s.text, p[:n]...)
@@ -189,6 +193,27 @@ func TestTerminalLines(t *testing.T) {
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
 		t.Errorf("the terminal shows\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// TestTerminalGone: a command goes on when its terminal is gone, whatever it has to say then.
+func TestTerminalGone(t *testing.T) {
+	s := newScreen(t, "before")
+	p := &program{stdout: s.tty, stderr: s.tty}
+	steps := p.newSteps(false)
+	before := steps.begin("before", 0)
+	<-s.seen
+	must(t, s.hangUp())
+	<-steps.down
+	during := steps.begin("during", 10)
+	before.add(1)
+	during.add(1)
+	steps.say("said to nobody")
+	before.end(nil)
+	during.end(nil)
+	steps.close()
+	if before.done != 1 || during.done != 1 {
+		t.Errorf("%d and %d bytes, want 1 and 1", before.done, during.done)
 	}
 }
 
