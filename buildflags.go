@@ -4,7 +4,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,8 +13,8 @@ import (
 	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
 )
 
-// layoutFlags say how an image is made of a tree.
-func layoutFlags() []cli.Flag {
+// buildFlags say how an image is made of a tree.
+func buildFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "compress", Aliases: []string{"z"}, Value: "lz4", Usage: "compress files by `ALGORITHM[,LEVEL]`: lz4 (Linux 5.4), lz4hc, zstd (Linux 6.10), deflate (Linux 6.6), or none"},
 		&cli.StringFlag{Name: "cluster-size", Aliases: []string{"C"}, Usage: "compress up to `SIZE` at a time; larger makes images smaller, and a small read cost more (up to 1MiB; more than a block takes Linux 5.13)", DefaultText: "a block"},
@@ -39,13 +38,8 @@ func layoutFlags() []cli.Flag {
 	}
 }
 
-// without leaves one of the flags out.
-func without(flags []cli.Flag, name string) []cli.Flag {
-	return slices.DeleteFunc(flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), name) })
-}
-
-// A layout is what the layoutFlags say.
-type layout struct {
+// buildOptions are what the buildFlags say.
+type buildOptions struct {
 	options  mkerofs.Options
 	maxBytes int64
 	tmpLimit int64
@@ -54,27 +48,27 @@ type layout struct {
 }
 
 // readScratch reads those of them that say where large files go, and whether to be quiet.
-func readScratch(c *cli.Context) (*layout, error) {
-	l := &layout{quiet: c.Bool("quiet"), tmp: tempDir(c.String("tmp"))}
+func readScratch(c *cli.Context) (*buildOptions, error) {
+	how := &buildOptions{quiet: c.Bool("quiet"), tmp: tempDir(c.String("tmp"))}
 	if limit := c.String("tmp-limit"); limit != "" {
 		var err error
-		if l.tmpLimit, err = parseSize("tmp-limit", limit); err != nil {
+		if how.tmpLimit, err = parseSize("tmp-limit", limit); err != nil {
 			return nil, err
 		}
 	}
-	return l, nil
+	return how, nil
 }
 
-func readLayout(c *cli.Context) (*layout, error) {
-	l, err := readScratch(c)
+func readBuildOptions(c *cli.Context) (*buildOptions, error) {
+	how, err := readScratch(c)
 	if err != nil {
 		return nil, err
 	}
-	o := &l.options
+	o := &how.options
 	var size struct{ block, inline, chunk, cluster int64 }
 	for flag, to := range map[string]*int64{
 		"block-size": &size.block, "inline-max": &size.inline, "chunk-size": &size.chunk, "cluster-size": &size.cluster,
-		"max-size": &l.maxBytes,
+		"max-size": &how.maxBytes,
 	} {
 		if c.String(flag) == "" {
 			continue
@@ -89,12 +83,12 @@ func readLayout(c *cli.Context) (*layout, error) {
 		size.inline = size.block / 2 // a little larger than with a block, and listed with half as many requests
 	}
 	o.BlockSize, o.InlineMax, o.ChunkSize = int(size.block), int(size.inline), int(size.chunk)
-	o.Label, o.XattrPrefixes, o.TempDir = c.String("label"), c.StringSlice("xattr-prefix"), l.tmp
+	o.Label, o.XattrPrefixes, o.TempDir = c.String("label"), c.StringSlice("xattr-prefix"), how.tmp
 	o.Workers, o.MetadataOnly = c.Int("workers"), c.Bool("metadata-only")
 	if c.IsSet("source-date-epoch") {
 		o.SourceDateEpoch = time.Unix(c.Int64("source-date-epoch"), 0)
 	}
-	if err := l.readCompression(c, int(size.cluster)); err != nil {
+	if err := how.readCompression(c, int(size.cluster)); err != nil {
 		return nil, err
 	}
 	if s := c.String("uuid"); s != "" {
@@ -113,11 +107,11 @@ func readLayout(c *cli.Context) (*layout, error) {
 	if _, err := mkerofs.New(nil, *o); err != nil {
 		return nil, errUsage{err}
 	}
-	return l, nil
+	return how, nil
 }
 
-func (l *layout) readCompression(c *cli.Context, cluster int) error {
-	z := &l.options.Compression
+func (how *buildOptions) readCompression(c *cli.Context, cluster int) error {
+	z := &how.options.Compression
 	name, level, leveled := strings.Cut(c.String("compress"), ",")
 	if leveled {
 		n, err := strconv.Atoi(level)
@@ -129,7 +123,7 @@ func (l *layout) readCompression(c *cli.Context, cluster int) error {
 	z.Algorithm = mkerofs.Algorithm(name)
 	z.ClusterSize, z.TailPacking, z.Fragments, z.Dedupe = cluster, c.Bool("tail-packing"), c.Bool("fragments"), c.Bool("dedupe")
 	// What excludes compression does so without being asked to.
-	if name == "none" || name == "" || (l.options.ChunkSize > 0 || l.options.MetadataOnly) && !c.IsSet("compress") {
+	if name == "none" || name == "" || (how.options.ChunkSize > 0 || how.options.MetadataOnly) && !c.IsSet("compress") {
 		z.Algorithm = mkerofs.Uncompressed
 	}
 	return nil
@@ -174,8 +168,8 @@ func tempDir(flag string) string {
 }
 
 // newBuilder begins an image in w.
-func (l *layout) newBuilder(w *os.File, progress func(files, bytes int64)) (*mkerofs.Builder, error) {
-	o := l.options
-	o.Progress, o.TempLimit = progress, l.tmpLimit
+func (how *buildOptions) newBuilder(w *os.File, progress func(files, bytes int64)) (*mkerofs.Builder, error) {
+	o := how.options
+	o.Progress, o.TempLimit = progress, how.tmpLimit
 	return mkerofs.New(w, o)
 }

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
-	"github.com/erofs-oci/erofs-oci/registry"
 )
 
 func (p *program) buildCommand() *cli.Command {
@@ -32,7 +31,7 @@ func (p *program) buildCommand() *cli.Command {
 		Description: treeHelp +
 			"Of an image all layers are merged, whiteouts applied, and digests and diff IDs verified.\n" +
 			"The image is a function of the tree and the options: the same bytes on any machine.",
-		Flags:  append(append(flags, layoutFlags()...), append(accessFlags(), logFlags()...)...),
+		Flags:  append(append(flags, buildFlags()...), append(accessFlags(), logFlags()...)...),
 		Action: p.build,
 	}
 }
@@ -42,7 +41,7 @@ func (p *program) build(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	lay, err := readLayout(c)
+	how, err := readBuildOptions(c)
 	if err != nil {
 		return err
 	}
@@ -53,7 +52,7 @@ func (p *program) build(c *cli.Context) (err error) {
 	if err := checkSource(c, at); err != nil {
 		return err
 	}
-	o, err := p.treeOptions(c, lay)
+	o, err := p.treeOptions(c, how)
 	if err != nil {
 		return err
 	}
@@ -66,7 +65,7 @@ func (p *program) build(c *cli.Context) (err error) {
 	if o.output, err = out.ids(); err != nil {
 		return err
 	}
-	made, err := buildTree(c.Context, at, o, lay, out.File)
+	made, err := buildTree(c.Context, at, o, how, out.File)
 	if err != nil {
 		return err
 	}
@@ -74,7 +73,7 @@ func (p *program) build(c *cli.Context) (err error) {
 		return err
 	}
 	o.steps.close()
-	return p.reportBuild(out.name, made, lay.quiet)
+	return p.reportBuild(out.name, made, how.quiet)
 }
 
 // checkSource refuses options that would do nothing.
@@ -90,23 +89,6 @@ func checkSource(c *cli.Context, at place) error {
 	return nil
 }
 
-// treeOptions reads the flags that say how a source is read.
-func (p *program) treeOptions(c *cli.Context, lay *layout) (treeOptions, error) {
-	log, err := p.newCommandLog(c)
-	if err != nil {
-		return treeOptions{}, err
-	}
-	s := &sourceOptions{}
-	if err := p.registryOptions(c, s, log); err != nil {
-		return treeOptions{}, err
-	}
-	s.selector.Prefer = registry.PreferTar
-	return treeOptions{
-		selector: s.selector, client: s.client, oneFS: c.Bool("one-file-system"), stdin: p.stdin,
-		scratch: &scratch{dir: lay.tmp, limit: lay.tmpLimit}, steps: p.newSteps(lay.quiet),
-	}, nil
-}
-
 // A built is what became of a tree.
 type built struct {
 	size   int64
@@ -116,14 +98,14 @@ type built struct {
 }
 
 // buildTree makes an image of what at names, in w.
-func buildTree(ctx context.Context, at place, o treeOptions, lay *layout, w *os.File) (_ *built, err error) {
+func buildTree(ctx context.Context, at place, o treeOptions, how *buildOptions, w *os.File) (_ *built, err error) {
 	begun := time.Now()
 	t, err := openTree(ctx, at, o)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, t.Close()) }()
-	made, err := lay.build(ctx, t.fill, o, w, mkerofs.LayerOptions{Overlay: o.selector.Layer != nil})
+	made, err := how.build(ctx, t.fill, o, w, mkerofs.LayerOptions{Overlay: o.selector.Layer != nil})
 	if err != nil {
 		return nil, err
 	}
@@ -132,13 +114,13 @@ func buildTree(ctx context.Context, at place, o treeOptions, lay *layout, w *os.
 }
 
 // build makes an image of what fill puts into it.
-func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerofs.Layers) error, o treeOptions, w *os.File, options mkerofs.LayerOptions) (_ *built, err error) {
+func (how *buildOptions) build(ctx context.Context, fill func(context.Context, *mkerofs.Layers) error, o treeOptions, w *os.File, options mkerofs.LayerOptions) (_ *built, err error) {
 	var building *step
-	b, err := lay.newBuilder(w, func(files, bytes int64) { building.set(bytes, fmt.Sprintf(", %d files", files)) })
+	b, err := how.newBuilder(w, func(files, bytes int64) { building.set(bytes, fmt.Sprintf(", %d files", files)) })
 	if err != nil {
 		return nil, err
 	}
-	options.MaxBytes = lay.maxBytes
+	options.MaxBytes = how.maxBytes
 	options.Warn = func(path, what string) { o.steps.warn("%s: left out: %s", printable(path), what) }
 	layers, err := mkerofs.NewLayers(b, options)
 	if err != nil {
@@ -146,14 +128,14 @@ func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerof
 	}
 	defer func() { err = errors.Join(err, layers.Close()) }()
 	if err := fill(ctx, layers); err != nil {
-		return nil, lay.advise(err)
+		return nil, how.advise(err)
 	}
 	building = o.steps.begin("build", contentSize(b))
 	made := &built{}
 	made.size, err = b.Finish(ctx)
 	building.end(err)
 	if err != nil {
-		return nil, lay.advise(err)
+		return nil, how.advise(err)
 	}
 	made.stats = b.Stats()
 	made.digest, err = digest.FromReader(io.NewSectionReader(w, 0, made.size))
@@ -161,14 +143,14 @@ func (lay *layout) build(ctx context.Context, fill func(context.Context, *mkerof
 }
 
 // advise adds to an error of the builder, which knows of no flags, what can be done about it.
-func (lay *layout) advise(err error) error {
+func (how *buildOptions) advise(err error) error {
 	var path *os.PathError
 	switch {
 	case errors.Is(err, mkerofs.ErrTempLimit):
 		return fmt.Errorf("%w; --tmp-limit allows more", err)
 	case errors.Is(err, mkerofs.ErrTooMuch):
 		return fmt.Errorf("%w; --max-size allows more", err)
-	case errors.Is(err, unix.ENOSPC) && errors.As(err, &path) && filepath.Dir(path.Path) == filepath.Clean(lay.tmp):
+	case errors.Is(err, unix.ENOSPC) && errors.As(err, &path) && filepath.Dir(path.Path) == filepath.Clean(how.tmp):
 		return fmt.Errorf("%w; --tmp names another directory", err)
 	}
 	return err

@@ -5,10 +5,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"os"
 	"strconv"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -66,17 +64,6 @@ func (k keepOptions) options(log *slog.Logger) (blobcache.Options, error) {
 		o.MinFree = -1
 	}
 	return o, err
-}
-
-// parseSize reads a number of bytes with a binary unit.
-func parseSize(flag, s string) (int64, error) {
-	digits := strings.TrimRight(s, "KMGTiB")
-	n, err := strconv.ParseInt(digits, 10, 64)
-	shift, known := map[string]int{"": 0, "B": 0, "K": 10, "KiB": 10, "M": 20, "MiB": 20, "G": 30, "GiB": 30, "T": 40, "TiB": 40}[s[len(digits):]]
-	if err != nil || n < 0 || !known || n > math.MaxInt64>>shift {
-		return 0, usagef("--%s %q: want a size as 64MiB (K, M, G and T, or KiB, MiB, GiB and TiB)", flag, s)
-	}
-	return n << shift, nil
 }
 
 func (p *program) cacheCommand() *cli.Command {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"strings"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -53,44 +52,4 @@ func catFile(ctx context.Context, im *erofsfmt.Image, name string, w io.Writer) 
 		_, err := w.Write(p)
 		return err
 	}))
-}
-
-// withImage opens the image that ref names for the time of do. Several layers are one
-// image.
-func (p *program) withImage(c *cli.Context, ref string, do func(context.Context, *erofsfmt.Image) error) error {
-	return p.withOpened(c, ref, false, do)
-}
-
-// withOneLayer is withImage for who looks at how one layer is stored.
-func (p *program) withOneLayer(c *cli.Context, ref string, do func(context.Context, *erofsfmt.Image) error) error {
-	return p.withOpened(c, ref, true, do)
-}
-
-func (p *program) withOpened(c *cli.Context, ref string, oneLayer bool, do func(context.Context, *erofsfmt.Image) error) (err error) {
-	log, err := p.newCommandLog(c)
-	if err != nil {
-		return err
-	}
-	o, err := p.openImage(c, ref, oneLayer, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, o.Close()) }()
-	if err := do(c.Context, o.Image); err != nil {
-		return o.explain(err)
-	}
-	return nil
-}
-
-// argumentsAtLeast returns the arguments of a command that takes at least n; names
-// are theirs, the last of which may be repeated.
-func argumentsAtLeast(c *cli.Context, n int, names ...string) ([]string, error) {
-	args := c.Args().Slice()
-	if err := noOptions(c, args, names[0]); err != nil {
-		return nil, err
-	}
-	if len(args) < n {
-		return nil, usagef("%s takes %s, not %d arguments; see erofs-oci %s --help", c.Command.Name, strings.Join(names, " "), len(args), c.Command.Name)
-	}
-	return args, nil
 }

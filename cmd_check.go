@@ -88,23 +88,20 @@ func (p *program) check(c *cli.Context) (err error) {
 
 // checkVolume checks an image and prints what is found.
 func (p *program) checkVolume(c *cli.Context, src erofsfmt.ReaderAt, options erofsfmt.CheckOptions) (erofsfmt.CheckStats, error) {
-	var bar *progress
+	steps := p.newWalk()
+	defer steps.close()
+	step := steps.begin("check", 0)
 	options.Progress = func(s erofsfmt.CheckStats) {
-		if bar == nil {
-			bar = p.startProgress(uint64(s.Announced))
-		}
-		bar.reached(s.Inodes, s.Bytes)
+		step.set(s.Bytes, fmt.Sprintf(", %d of %d files", s.Inodes, s.Announced))
 	}
 	report := &checkReport{Faults: []checkFault{}}
 	found := report.add
 	if !c.Bool("json") {
-		found = func(f erofsfmt.Fault) {
-			bar.clear()
-			fmt.Fprintln(p.stdout, f)
-		}
+		found = func(f erofsfmt.Fault) { steps.print(p.stdout, f.String()) }
 	}
 	stats, err := erofsfmt.Check(c.Context, src, options, found)
-	bar.end()
+	step.leave()
+	steps.close()
 	if err != nil {
 		return stats, err
 	}

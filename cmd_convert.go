@@ -31,7 +31,7 @@ func (p *program) convertCommand() *cli.Command {
 			"Each tar layer becomes an EROFS layer, to be mounted over each other. DEST becomes an index\n" +
 			"with the tar image first, for those who do not know EROFS, and the EROFS image after it.\n",
 		// An image for users is never without its data.
-		Flags:  append(append(append(flags, without(layoutFlags(), "metadata-only")...), publishFlags()...), append(accessFlags(), logFlags()...)...),
+		Flags:  append(append(append(flags, without(buildFlags(), "metadata-only")...), publishFlags()...), append(accessFlags(), logFlags()...)...),
 		Action: p.convert,
 	}
 }
@@ -85,7 +85,7 @@ func (p *program) convert(c *cli.Context) (err error) {
 		return err
 	}
 	v.from.steps.close()
-	return p.reportConvert(dest, all, last.Digest, time.Since(begun), v.lay.quiet)
+	return p.reportConvert(dest, all, last.Digest, time.Since(begun), v.how.quiet)
 }
 
 func (p *program) newConverter(c *cli.Context, source, dest place) (v *converter, err error) {
@@ -96,13 +96,13 @@ func (p *program) newConverter(c *cli.Context, source, dest place) (v *converter
 	if v.publishing, err = readPublishing(c); err != nil {
 		return nil, err
 	}
-	if v.lay, err = readLayout(c); err != nil {
+	if v.how, err = readBuildOptions(c); err != nil {
 		return nil, err
 	}
 	if err := p.checkHosts(c, source, dest); err != nil {
 		return nil, err
 	}
-	if v.from, err = p.treeOptions(c, v.lay); err != nil {
+	if v.from, err = p.treeOptions(c, v.how); err != nil {
 		return nil, err
 	}
 	if source.kind == inRegistry && dest.kind == inRegistry && source.ref.Host == dest.ref.Host && source.ref.Repository != dest.ref.Repository {

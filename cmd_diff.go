@@ -76,11 +76,11 @@ func (p *program) diff(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	lay, err := readScratch(c)
+	how, err := readScratch(c)
 	if err != nil {
 		return err
 	}
-	o, err := p.treeOptions(c, lay)
+	o, err := p.treeOptions(c, how)
 	if err != nil {
 		return err
 	}
@@ -90,7 +90,7 @@ func (p *program) diff(c *cli.Context) (err error) {
 	d := &treeDiff{ctx: c.Context, ignored: ignored}
 	d.report = func(f difference) bool {
 		report.Differences = append(report.Differences, f)
-		if !c.Bool("json") && !lay.quiet {
+		if !c.Bool("json") && !how.quiet {
 			o.steps.print(p.stdout, f.String())
 		}
 		report.Stopped = len(report.Differences) >= most
@@ -110,13 +110,13 @@ func (p *program) diff(c *cli.Context) (err error) {
 	}
 	d.step = o.steps.begin("compare", contentSize(d.sides[0]))
 	err = d.run()
-	d.step.end(errStop) // the line below says it
+	d.step.leave()
 	o.steps.close()
 	if err != nil {
 		return err
 	}
 	report.Entries, report.Bytes = d.entries, d.bytes
-	return p.reportDiff(c, report, lay.quiet)
+	return p.reportDiff(c, report, how.quiet)
 }
 
 func parseIgnore(list string) (map[string]bool, error) {

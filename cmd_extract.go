@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"strings"
 
@@ -52,17 +51,19 @@ func (p *program) extractTar(c *cli.Context) error {
 		return usagef("--tar writes an archive to standard output, which is a terminal; redirect it")
 	}
 	return p.withImage(c, args[0], func(ctx context.Context, im *erofsfmt.Image) error {
-		bar := p.startProgress(im.Super().Inodes)
+		steps := p.newWalk()
+		defer steps.close()
+		step := steps.begin("extract", 0)
 		w := bufio.NewWriterSize(p.stdout, streamChunk)
-		a := newArchiver(ctx, im, w, bar)
+		a := newArchiver(ctx, im, w, step)
 		err := walkPaths(ctx, im, args[1:], a.add)
 		if err == nil {
 			err = a.tar.Close()
 		}
 		err = errors.Join(err, w.Flush())
-		bar.end()
+		step.end(err)
 		if a.sockets > 0 {
-			fmt.Fprintf(p.stderr, "erofs-oci: %d sockets were left out: tar has no form for them\n", a.sockets)
+			steps.warn("%d sockets were left out: tar has no form for them", a.sockets)
 		}
 		return err
 	})
@@ -78,9 +79,12 @@ func (p *program) extractFiles(c *cli.Context) error {
 		return err
 	}
 	return p.withImage(c, args[0], func(ctx context.Context, im *erofsfmt.Image) error {
-		bar := p.startProgress(im.Super().Inodes)
-		defer bar.end()
-		return extract(ctx, im, args[1], args[2:], extractOptions{keep: keep, overwrite: c.Bool("overwrite"), progress: bar})
+		steps := p.newWalk()
+		defer steps.close()
+		step := steps.begin("extract", 0)
+		err := extract(ctx, im, args[1], args[2:], extractOptions{keep: keep, overwrite: c.Bool("overwrite"), step: step})
+		step.end(err)
+		return err
 	})
 }
 

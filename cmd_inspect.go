@@ -6,12 +6,9 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 
@@ -263,13 +260,4 @@ func (fs *inspectedFS) print(line func(name, format string, args ...any), name s
 	line("  features:", "%s", strings.Join(slices.Concat(fs.FeaturesCompat, fs.FeaturesIncompat), " "))
 	line("  algorithms:", "%s", strings.Join(fs.Algorithms, " "))
 	line("  devices:", "%d", fs.Devices)
-}
-
-// printable leaves text as it is, and quotes what could steer a terminal or be
-// taken for something quoted.
-func printable(s string) string {
-	if !utf8.ValidString(s) || strings.HasPrefix(s, `"`) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
-		return strconv.Quote(s)
-	}
-	return s
 }

@@ -20,10 +20,6 @@ import (
 	"github.com/erofs-oci/erofs-oci/nbdserve"
 )
 
-func jsonFlag() cli.Flag {
-	return &cli.BoolFlag{Name: "json", Usage: "print JSON"}
-}
-
 func (p *program) listCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "list",
@@ -47,13 +43,6 @@ func (p *program) listCommand() *cli.Command {
 			return errors.Join(err, printListed(p.stdout, all), wrongOnes(all))
 		},
 	}
-}
-
-func printJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
-	e.SetIndent("", "  ")
-	e.SetEscapeHTML(false)
-	return e.Encode(v)
 }
 
 // A listed is a mount, or an nbd device that is none.

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -107,10 +106,8 @@ func parseMount(c *cli.Context) (m *mountRequest, err error) {
 	if m.overlay != "" && m.inMemory {
 		return nil, usagef("--overlay and --tmpfs-overlay exclude each other")
 	}
-	if m.overlay != "" {
-		if m.overlay, err = filepath.Abs(m.overlay); err != nil {
-			return nil, err
-		}
+	if m.overlay, err = absolute(m.overlay); err != nil {
+		return nil, err
 	}
 	switch m.backend {
 	case backend.NBD, backend.FILE, backend.FUSE:
@@ -208,12 +205,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err := run.CheckUpper(m.overlay); err != nil {
 		return err
 	}
-	rec := backend.Record{
-		Reference: m.source.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
-		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
-		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
-	}
-	log.options.note(&rec.Access)
+	rec := m.record(log)
 	if err := claim.Write(rec); err != nil {
 		return err
 	}
@@ -254,6 +246,17 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	}
 	watch.begin(src)
 	return untilUnmounted(signals, mounted, log.Logger)
+}
+
+// record is what is known of the mount before it is there.
+func (m *mountRequest) record(log *serverLog) backend.Record {
+	rec := backend.Record{
+		Reference: m.source.ref.String(), Backend: m.backend, Dir: m.dir, PID: os.Getpid(),
+		Since: time.Now().UTC().Truncate(time.Second), Access: m.source.access(),
+		Overlay: m.overlay, TmpfsOverlay: m.inMemory,
+	}
+	log.options.note(&rec.Access)
+	return rec
 }
 
 // serverSignals are the signals that end a server. Who reads what it says may go

@@ -46,63 +46,80 @@ func (p *program) push(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	o, err := readPublishing(c)
+	u, err := p.newPusher(c, args[1])
 	if err != nil {
 		return err
 	}
-	lay, err := readScratch(c)
-	if err != nil {
-		return err
-	}
-	dest, err := parseDest(args[1])
-	if err != nil {
-		return err
-	}
-	annotations, err := parseAnnotations(c.StringSlice("annotation"))
-	if err != nil {
-		return err
-	}
-	config, err := readConfig(c.String("config"), c.String("platform"))
-	if err != nil {
-		return err
-	}
-	from, err := p.treeOptions(c, lay)
-	if err != nil {
-		return err
-	}
-	defer from.steps.close()
+	defer u.from.steps.close()
 	f, err := openImageFile(c.Context, args[0])
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	sink, err := openSink(dest, from.client)
+	sink, err := openSink(u.dest, u.from.client)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, sink.Close()) }()
-	blob, err := o.fileBlob(c.Context, f, from)
+	blob, err := u.fileBlob(c.Context, f, u.from)
 	if err != nil {
 		return fmt.Errorf("%s: %w", args[0], err)
 	}
 	defer func() { err = errors.Join(err, blob.Close()) }()
-	if err := o.send(c.Context, sink, "push layer", blob.desc, blob.content, from.steps); err != nil {
+	put, err := u.image(c.Context, sink, blob)
+	if err != nil {
 		return err
+	}
+	u.from.steps.close()
+	return p.reportPush(u.dest, put.Digest, fmt.Sprintf("1 layer of %s; %.1f s", sizeText(blob.desc.Size), time.Since(begun).Seconds()), u.how.quiet)
+}
+
+// A pusher makes a container image of an EROFS image.
+type pusher struct {
+	*publishing
+	how         *buildOptions
+	from        treeOptions
+	dest        place
+	config      document
+	annotations map[string]string
+}
+
+// newPusher reads all of the command line but the file.
+func (p *program) newPusher(c *cli.Context, dest string) (u *pusher, err error) {
+	u = &pusher{}
+	if u.publishing, err = readPublishing(c); err != nil {
+		return nil, err
+	}
+	if u.how, err = readScratch(c); err != nil {
+		return nil, err
+	}
+	if u.dest, err = parseDest(dest); err != nil {
+		return nil, err
+	}
+	if u.annotations, err = parseAnnotations(c.StringSlice("annotation")); err != nil {
+		return nil, err
+	}
+	if u.config, err = readConfig(c.String("config"), c.String("platform")); err != nil {
+		return nil, err
+	}
+	u.from, err = p.treeOptions(c, u.how)
+	return u, err
+}
+
+// image sends a layer, and what makes it an image.
+func (u *pusher) image(ctx context.Context, sink registry.Sink, blob *layerBlob) (ocispec.Descriptor, error) {
+	if err := u.send(ctx, sink, "push layer", blob.desc, blob.content, u.from.steps); err != nil {
+		return ocispec.Descriptor{}, err
 	}
 	layers := []ocispec.Descriptor{blob.desc}
-	if err := changeHistory(config, len(layers), false); err != nil {
-		return err
+	if err := changeHistory(u.config, len(layers), false); err != nil {
+		return ocispec.Descriptor{}, err
 	}
-	raw, err := erofsConfig(config, layers)
+	raw, err := erofsConfig(u.config, layers)
 	if err != nil {
-		return err
+		return ocispec.Descriptor{}, err
 	}
-	put, err := o.putImage(c.Context, sink, dest.target(), raw, layers, annotations, from.steps)
-	if err != nil {
-		return err
-	}
-	from.steps.close()
-	return p.reportPush(dest, put.Digest, fmt.Sprintf("1 layer of %s; %.1f s", sizeText(blob.desc.Size), time.Since(begun).Seconds()), lay.quiet)
+	return u.putImage(ctx, sink, u.dest.target(), raw, layers, u.annotations, u.from.steps)
 }
 
 // reportPush prints the closing line.

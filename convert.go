@@ -22,7 +22,7 @@ import (
 // A converter makes EROFS images of container images.
 type converter struct {
 	*publishing
-	lay  *layout
+	how  *buildOptions
 	from treeOptions
 	src  *openedStore
 	sink *openedSink
@@ -200,7 +200,7 @@ func (v *converter) convertLayers(ctx context.Context, layers []imageLayer, blob
 		return []ocispec.Descriptor{desc}, err
 	}
 	// What the layers before one have in common, for what it leaves out.
-	lower, err := mkerofs.New(nil, mkerofs.Options{TempDir: v.lay.tmp})
+	lower, err := mkerofs.New(nil, mkerofs.Options{TempDir: v.how.tmp})
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +236,7 @@ func (v *converter) layer(ctx context.Context, role string, fill func(context.Co
 		return desc, err
 	}
 	defer func() { err = errors.Join(err, image.Close()) }()
-	built, err := v.lay.build(ctx, fill, v.from, image.File, options)
+	built, err := v.how.build(ctx, fill, v.from, image.File, options)
 	if err != nil {
 		return desc, err
 	}

@@ -91,9 +91,6 @@ func (f plainFile) Read(p []byte) (int, error) {
 
 func (f plainFile) Close() error { return unix.Close(int(f)) }
 
-// errStop ends a walk whose caller has seen enough.
-var errStop = errors.New("stop")
-
 // A fileID tells a file from others, whatever its names are.
 type fileID struct{ dev, ino uint64 }
 

@@ -19,7 +19,7 @@ import (
 type extractOptions struct {
 	keep      keep
 	overwrite bool
-	progress  *progress
+	step      *step
 }
 
 // An extractor makes files of an image below a directory. Each is made in its
@@ -88,7 +88,7 @@ func (x *extractor) leave(n int) {
 
 // add makes one file. It is called for a directory before what is in it.
 func (x *extractor) add(name string, ino *erofsfmt.Inode) error {
-	x.progress.file()
+	x.step.file(x.im.Super().Inodes)
 	if err := x.ctx.Err(); err != nil {
 		return err
 	}
@@ -245,7 +245,7 @@ func (x *extractor) makeRegular(dir int, name string, ino *erofsfmt.Inode) error
 
 func (x *extractor) fill(f *os.File, ino *erofsfmt.Inode) error {
 	err := stream(x.ctx, x.im, ino, func(p []byte, off int64) error {
-		x.progress.bytes(len(p))
+		x.step.add(len(p))
 		return writeSparsely(f, p, off)
 	})
 	if err != nil {

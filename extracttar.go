@@ -15,20 +15,20 @@ import (
 // An archiver writes files of an image to a tar archive in PAX form, in the order
 // of the image. Nothing in it depends on the machine or the time.
 type archiver struct {
-	ctx      context.Context
-	im       *erofsfmt.Image
-	tar      *tar.Writer
-	progress *progress
-	names    map[erofsfmt.Nid]string // of the files with more names than one, the first
-	sockets  int
+	ctx     context.Context
+	im      *erofsfmt.Image
+	tar     *tar.Writer
+	step    *step
+	names   map[erofsfmt.Nid]string // of the files with more names than one, the first
+	sockets int
 }
 
-func newArchiver(ctx context.Context, im *erofsfmt.Image, w io.Writer, bar *progress) *archiver {
-	return &archiver{ctx: ctx, im: im, tar: tar.NewWriter(w), progress: bar, names: map[erofsfmt.Nid]string{}}
+func newArchiver(ctx context.Context, im *erofsfmt.Image, w io.Writer, t *step) *archiver {
+	return &archiver{ctx: ctx, im: im, tar: tar.NewWriter(w), step: t, names: map[erofsfmt.Nid]string{}}
 }
 
 func (a *archiver) add(path string, ino *erofsfmt.Inode) error {
-	a.progress.file()
+	a.step.file(a.im.Super().Inodes)
 	name := "./" + path
 	if path == "." {
 		name = "./"
@@ -79,7 +79,7 @@ func (a *archiver) addFirst(name string, ino *erofsfmt.Inode) error {
 	}
 	return stream(a.ctx, a.im, ino, func(p []byte, _ int64) error {
 		n, err := a.tar.Write(p)
-		a.progress.bytes(n)
+		a.step.add(n)
 		return err
 	})
 }

@@ -12,8 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -52,86 +50,11 @@ func openRecords(dir string) (*lastknown.Store, error) {
 	return lastknown.Open(recordsDir(dir), lastknown.Options{})
 }
 
-// openCache opens the cache, and the records next to it.
-func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error {
-	dir, err := p.cacheDir(s.cacheDir, os.Geteuid())
-	if err != nil {
-		return err
-	}
-	keep, err := s.keep.options(log)
-	if err != nil {
-		return err
-	}
-	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, s.prefetch.atOnce()
-	keep.OneAtATime = s.client.MaxConnsPerHost == 1
-	s.meter.measureCache(&keep)
-	if s.offline {
-		keep.Readahead = -1
-		keep.Patience = time.Millisecond // what another process may fetch is not here
-	}
-	o.dir = dir
-	if o.cache, err = blobcache.New(dir, keep); err != nil {
-		if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) {
-			err = fmt.Errorf("%w; name a directory that you can write with --cache-dir", err)
-		}
-		return err
-	}
-	if o.records, o.noRecords = openRecords(dir); o.noRecords != nil {
-		// Only --offline needs them, and not where a digest is mounted.
-		log.Warn("what tags lead to is not remembered; --offline will not find it", "err", o.noRecords)
-	}
-	return nil
-}
-
-// resolve finds the image that s names: from the registry, as far as it has to be asked, or from what is kept.
-func (p *program) resolve(ctx context.Context, o *opened, s *sourceOptions, log *slog.Logger) error {
-	if err := p.openCache(o, s, log); err != nil {
-		return err
-	}
-	repository := o.client.Repository(s.ref.registry)
-	from, err := repository.Origin()
-	if err != nil {
-		return fmt.Errorf("%s: %w", s.ref, err)
-	}
-	o.keeper = newKeeper(o, s.ref.registry, from, log)
-	keep := registry.Keep{Documents: o.keeper, Tags: o.keeper}
-	if s.offline {
-		keep.Offline = errOffline
-	}
-	o.image, err = registry.ResolveIn(ctx, repository.Keep(keep), "", s.selector)
-	if !s.offline && unreachable(err) {
-		if _, never := o.keeper.Last(s.ref.registry.Tag); never == nil {
-			err = fmt.Errorf("%w; --offline takes what it led to the last time", err)
-		}
-	}
-	return err
-}
-
 func newKeeper(o *opened, ref registry.Reference, from string, log *slog.Logger) *keeper {
 	return &keeper{
 		cache: o.cache, tags: o.records, noTags: o.noRecords, from: from, log: log, held: make(map[digest.Digest]*blobcache.Blob),
 		repository: registry.Reference{Host: ref.Host, Repository: ref.Repository},
 	}
-}
-
-// openRecordedCache opens the cache for layers that come from a record. The documents of their image are not needed, but are
-// to stay with them.
-func (p *program) openRecordedCache(ctx context.Context, o *opened, ref registry.Reference, s *sourceOptions, log *slog.Logger) error {
-	if err := p.openCache(o, s, log); err != nil {
-		return err
-	}
-	from, err := o.client.Repository(ref).Origin()
-	if err != nil {
-		return fmt.Errorf("%s: %w", ref, err)
-	}
-	o.keeper = newKeeper(o, ref, from, log)
-	o.keeper.hold(ctx, o.image.Digest)
-	index := ref.Digest
-	if index == "" {
-		index, _ = o.keeper.Last(ref.Tag) // where nothing is known of it, there is nothing to hold
-	}
-	o.keeper.hold(ctx, index)
-	return nil
 }
 
 // hold has a document stay that is kept.

@@ -43,8 +43,7 @@ func parseRef(typed string) (imageRef, error) {
 	case scheme && path == "":
 		return r, usagef("reference %q: a path is missing after %s", typed, fileScheme)
 	case scheme, strings.HasPrefix(typed, "/"), strings.HasPrefix(typed, "./"), strings.HasPrefix(typed, "../"):
-		// A server in the background has another working directory.
-		r.path, err = filepath.Abs(path)
+		r.path, err = absolute(path)
 	default:
 		r.registry, err = registry.ParseReference(typed)
 		err = r.hint(err)
@@ -90,10 +89,10 @@ func (s *sourceOptions) localOptions(c *cli.Context) error {
 		}
 	}
 	for _, path := range c.StringSlice("device") {
-		if path == "" {
+		if path = strings.TrimPrefix(path, fileScheme); path == "" {
 			return usagef("--device needs the path of a file")
 		}
-		abs, err := filepath.Abs(strings.TrimPrefix(path, fileScheme))
+		abs, err := absolute(path)
 		if err != nil {
 			return err
 		}

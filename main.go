@@ -165,28 +165,6 @@ func exitCode(err error) int {
 	return exitFailure
 }
 
-// arguments returns the n arguments of a command. Options come before them: what
-// looks like an option after them would be taken for an argument.
-func arguments(c *cli.Context, names ...string) ([]string, error) {
-	args := c.Args().Slice()
-	if err := noOptions(c, args, names[0]); err != nil {
-		return nil, err
-	}
-	if len(args) != len(names) {
-		return nil, usagef("%s takes %s, not %d arguments; see erofs-oci %s --help", c.Command.Name, strings.Join(names, " and "), len(args), c.Command.Name)
-	}
-	return args, nil
-}
-
-func noOptions(c *cli.Context, args []string, first string) error {
-	for _, a := range args {
-		if len(a) > 1 && strings.HasPrefix(a, "-") {
-			return usagef("option %s must come before %s; see erofs-oci %s --help", a, first, c.Command.Name)
-		}
-	}
-	return nil
-}
-
 // version is the module's version, and the commit where the build knows it.
 func version() string {
 	info, ok := debug.ReadBuildInfo()

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -77,8 +76,7 @@ func readPrefetchOptions(c *cli.Context) (o prefetchOptions, err error) {
 		return o, usagef("--offline and --prefetch=%s exclude each other: nothing can be fetched", o.mode)
 	}
 	if o.isFile() {
-		// A server in the background has another working directory.
-		if o.mode, err = filepath.Abs(o.mode); err != nil {
+		if o.mode, err = absolute(o.mode); err != nil {
 			return o, err
 		}
 	}

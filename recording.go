@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -24,8 +23,7 @@ func recordOption(c *cli.Context) (string, error) {
 	if c.String("record") == "" {
 		return "", usagef("--record needs the name of a file")
 	}
-	// A server in the background has another working directory.
-	file, err := filepath.Abs(c.String("record"))
+	file, err := absolute(c.String("record"))
 	if err != nil {
 		return "", err
 	}
@@ -52,10 +50,10 @@ type recording struct {
 	done  sync.WaitGroup
 }
 
-// newRecording has reads of the layers be noted from now on.
-func newRecording(file string, layers []openedLayer, log *slog.Logger) (*recording, error) {
+// newRecording has reads of the layers be noted from now on, after those of from; nil has none.
+func newRecording(file string, from *profile.Profile, layers []openedLayer, log *slog.Logger) (*recording, error) {
 	r := &recording{file: file, log: log, pause: recordPause, stop: make(chan struct{})}
-	return r, r.attach(profile.NewRecorder(nil), layers)
+	return r, r.attach(profile.NewRecorder(from), layers)
 }
 
 // resumeRecording is newRecording for a server that takes the place of another one: what that recorded comes first. A
@@ -63,13 +61,13 @@ func newRecording(file string, layers []openedLayer, log *slog.Logger) (*recordi
 func resumeRecording(file string, layers []openedLayer, log *slog.Logger) (*recording, error) {
 	from, err := profile.ReadFile(file)
 	if err == nil {
-		r := &recording{file: file, log: log, pause: recordPause, stop: make(chan struct{})}
-		if err = r.attach(profile.NewRecorder(from), layers); err == nil {
+		var r *recording
+		if r, err = newRecording(file, from, layers, log); err == nil {
 			return r, nil
 		}
 	}
 	log.Warn("the recorded profile is begun anew", "file", file, "err", err)
-	return newRecording(file, layers, log)
+	return newRecording(file, nil, layers, log)
 }
 
 // attach has the layers tell the recorder what is read of them; all of them or, with an error, none. A layer that was

@@ -58,7 +58,7 @@ func TestRecording(t *testing.T) {
 					c.unit = 256 << 10 // nobody looks at the index
 				}
 				file := filepath.Join(t.TempDir(), "profile")
-				rec, err := newRecording(file, r.layers(p.Blob), r.log)
+				rec, err := newRecording(file, nil, r.layers(p.Blob), r.log)
 				must(t, err)
 				must(t, rec.begin())
 				if got := recorded(t, file); len(got.Reads) != 0 || got.Size != int64(c.size(p.Blob)) || got.Digest != digest.FromBytes(p.Data).String() {
@@ -91,7 +91,7 @@ func TestRecordingWhole(t *testing.T) {
 	must(t, err)
 	file := filepath.Join(t.TempDir(), "profile")
 	said := make(logLines, 10)
-	rec, err := newRecording(file, r.layers(p.Blob), slog.New(slog.NewTextHandler(said, nil)))
+	rec, err := newRecording(file, nil, r.layers(p.Blob), slog.New(slog.NewTextHandler(said, nil)))
 	must(t, err)
 	must(t, rec.begin())
 	must(t, r.ReadAt(t.Context(), make([]byte, 10), 0))
@@ -122,7 +122,7 @@ func TestRecordingFollows(t *testing.T) {
 	must(t, os.Mkdir(dir, 0o700))
 	file := filepath.Join(dir, "profile")
 	lines := make(logLines, 10)
-	rec, err := newRecording(file, r.layers(p.Blob), slog.New(slog.NewTextHandler(lines, nil)))
+	rec, err := newRecording(file, nil, r.layers(p.Blob), slog.New(slog.NewTextHandler(lines, nil)))
 	must(t, err)
 	saved := make(chan error)
 	rec.pause, rec.saved = 0, func(err error) { saved <- err }

@@ -5,10 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -193,14 +190,6 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	return selectLayer(c, s)
 }
 
-// absolute is a path for a server in the background, which has another working directory.
-func absolute(path string) (string, error) {
-	if path == "" {
-		return "", nil
-	}
-	return filepath.Abs(path)
-}
-
 func selectLayer(c *cli.Context, s *sourceOptions) error {
 	if c.IsSet("layer") {
 		n := c.Int("layer")
@@ -352,12 +341,12 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 	if s.record == "" {
 		return nil
 	}
-	record := newRecording
-	if s.resume {
-		record = resumeRecording
-	}
 	var err error
-	o.recording, err = record(s.record, o.layers, log)
+	if s.resume {
+		o.recording, err = resumeRecording(s.record, o.layers, log)
+	} else {
+		o.recording, err = newRecording(s.record, nil, o.layers, log)
+	}
 	return err
 }
 
@@ -413,44 +402,6 @@ func (o *opened) openErofs(ctx context.Context, memory int64) (*erofsfmt.Image, 
 	return im, nil
 }
 
-// openedImage is an image that a command reads by itself. Volume is where its
-// bytes come from.
-type openedImage struct {
-	*opened
-	Image  *erofsfmt.Image
-	Volume backend.Volume
-	ctx    context.Context
-}
-
-// Close ends the reading. Where all of a layer was read it is known by then whether it was
-// right, and the error says so if it was not.
-func (o *openedImage) Close() error {
-	for _, l := range o.layers {
-		l.blob.settle(o.ctx)
-	}
-	return o.opened.Close()
-}
-
-// openImage opens the image that ref names, for a command with the imageFlags.
-// oneLayer is as in sourceOptions. Errors of Image are to be passed through explain.
-func (p *program) openImage(c *cli.Context, ref string, oneLayer bool, log *slog.Logger) (*openedImage, error) {
-	s, err := p.readSourceOptions(c, ref, log)
-	if err != nil {
-		return nil, err
-	}
-	s.oneLayer = oneLayer
-	o, err := p.open(c.Context, s, log)
-	if err != nil {
-		return nil, err
-	}
-	im, err := o.openErofs(c.Context, s.memory)
-	if err != nil {
-		return nil, errors.Join(o.explain(err), o.Close())
-	}
-	o.remember()
-	return &openedImage{opened: o, Image: im, Volume: o.volume(), ctx: c.Context}, nil
-}
-
 // explain adds to an error of the image's bytes what was looked at.
 func (o *opened) explain(err error) error {
 	if o.ref.local() {
@@ -494,37 +445,4 @@ func (o *opened) Close() error {
 		errs = append(errs, f.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// cacheDir chooses where fetched bytes are kept: where the user says, else where
-// the user's caches are. A process without such a place (root of a user
-// namespace, a service without HOME) uses a private directory and says so.
-func (p *program) cacheDir(flag string, euid int) (string, error) {
-	if flag != "" {
-		return flag, nil
-	}
-	var dir string
-	switch xdg, home := p.getenv("XDG_CACHE_HOME"), p.getenv("HOME"); {
-	case filepath.IsAbs(xdg):
-		dir = filepath.Join(xdg, "erofs-oci")
-	case euid == 0:
-		dir = "/var/cache/erofs-oci"
-	case filepath.IsAbs(home):
-		dir = filepath.Join(home, ".cache", "erofs-oci")
-	}
-	if dir != "" {
-		err := backend.PrivateDir(dir)
-		if err == nil {
-			return dir, nil
-		}
-		if !errors.Is(err, os.ErrPermission) && !errors.Is(err, syscall.EROFS) {
-			return "", fmt.Errorf("cache directory: %w; choose another with --cache-dir", err)
-		}
-	}
-	instead := filepath.Join(backend.TempDir(), "cache")
-	if err := errors.Join(backend.PrivateDir(backend.TempDir()), backend.PrivateDir(instead)); err != nil {
-		return "", fmt.Errorf("cache directory: %w; choose one with --cache-dir", err)
-	}
-	fmt.Fprintf(p.stderr, "erofs-oci: no cache directory of yours can be written; using %s (--cache-dir chooses another)\n", instead)
-	return instead, nil
 }

@@ -9,13 +9,14 @@ import (
 	"path/filepath"
 	"strings"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v2"
+
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/erofsfmt"
 	"github.com/erofs-oci/erofs-oci/erofsfmt/mkerofs"
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/tarlayer"
-
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // treeHelp describes SOURCE to users of a command.
@@ -130,6 +131,9 @@ type tree interface {
 	Close() error
 }
 
+// errStop ends a walk whose caller has seen enough.
+var errStop = errors.New("stop")
+
 // treeOptions say how a tree is read.
 type treeOptions struct {
 	selector registry.Selector // of an image
@@ -139,6 +143,23 @@ type treeOptions struct {
 	stdin    io.Reader
 	scratch  *scratch
 	steps    *steps
+}
+
+// treeOptions reads the flags that say how a source is read.
+func (p *program) treeOptions(c *cli.Context, how *buildOptions) (treeOptions, error) {
+	log, err := p.newCommandLog(c)
+	if err != nil {
+		return treeOptions{}, err
+	}
+	s := &sourceOptions{}
+	if err := p.registryOptions(c, s, log); err != nil {
+		return treeOptions{}, err
+	}
+	s.selector.Prefer = registry.PreferTar
+	return treeOptions{
+		selector: s.selector, client: s.client, oneFS: c.Bool("one-file-system"), stdin: p.stdin,
+		scratch: &scratch{dir: how.tmp, limit: how.tmpLimit}, steps: p.newSteps(how.quiet),
+	}, nil
 }
 
 // openTree opens what at names.
