@@ -19,6 +19,8 @@ import (
 type Fetcher interface {
 	// Fetch asks for n bytes from off. start says where the body really begins, total how long the blob is.
 	// Reads of the body end with an error when ctx ends; a body that broke off ends with an error other than io.EOF.
+	// An error that has a method Gap() (off, n int64) is of these bytes alone, which are those that come next: they do
+	// not, and the body goes on behind them. It may be Temporary, as one of Verify.
 	Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
 }
 

@@ -14,7 +14,8 @@
 //
 // A flight belongs to the Blob that began it and a wait to the reader: a reader leaves when its own chunks are there
 // or its context ends, and the flight goes on for the others until Close. What a flight could not bring is absent
-// again, and the readers who waited for it get its error: nothing is ever filled in.
+// again, and the readers who waited for it get its error: nothing is ever filled in. A body that verifies by itself what
+// it gives can say of some of its bytes that they do not come, and go on behind them (see Fetcher).
 //
 // A server that answers the whole blob to a request for a range is read to its end, since to ask again would bring
 // the whole again. Such a flight is the blob's stream: it publishes every chunk that passes, readers of chunks that

@@ -301,11 +301,13 @@ func (f *flight) receive(body io.Reader, start int64) error {
 	r := bufio.NewReader(flightReader{body, f})
 
 	chunk := (start + s.chunkSize - 1) / s.chunkSize
-	if _, err := r.Discard(int(chunk*s.chunkSize - start)); err != nil {
-		return broken(err, start)
+	if n, err := r.Discard(int(chunk*s.chunkSize - start)); err != nil {
+		if chunk, err = f.passOver(r, start+int64(n), err); err != nil {
+			return err
+		}
 	}
-	for ; ; chunk++ {
-		if chunk == f.end {
+	for {
+		if chunk >= f.end {
 			if more, err := f.goesOn(r); !more {
 				return err
 			}
@@ -321,11 +323,15 @@ func (f *flight) receive(body io.Reader, start int64) error {
 		n, err := io.ReadFull(r, data)
 		f.counts.Add(int64(n))
 		if err != nil {
-			return broken(err, chunk*s.chunkSize+int64(n))
+			if chunk, err = f.passOver(r, chunk*s.chunkSize+int64(n), err); err != nil {
+				return err
+			}
+			continue
 		}
 		if pend != nil {
 			f.publish(chunk, pend, data)
 		}
+		chunk++
 	}
 }
 
@@ -523,10 +529,16 @@ func (f *flight) verify(chunk int64, data []byte) error {
 	case b.ctx.Err() != nil:
 		return errAbandoned
 	}
-	b.store.cache.counters.refused.Add(1)
-	err = &refusedError{off, err}
+	return f.refused(chunk, err)
+}
+
+// refused counts a chunk that is not what it should be, and says so to who waits for it.
+func (f *flight) refused(chunk int64, why error) error {
+	s := f.blob.store
+	s.cache.counters.refused.Add(1)
+	err := &refusedError{chunk * s.chunkSize, why}
 	// Who fetches it again says so, and who gets it wrong again, too.
-	b.store.cache.options.Logger.Debug("chunk refused", "blob", b.store.digest, "offset", off, "err", err)
+	s.cache.options.Logger.Debug("chunk refused", "blob", s.digest, "offset", err.off, "err", err)
 	return err
 }
 

@@ -245,7 +245,10 @@ func mayComeYet(err error) bool {
 
 // OfOneChunk says of an error of Prefetch that it is of one chunk, and nothing is wrong with how others are had: it came
 // and was wrong, or another process is at it.
-func OfOneChunk(err error) bool { return judgement(err) != nil || errors.Is(err, errLocked) }
+func OfOneChunk(err error) bool {
+	var g gap
+	return judgement(err) != nil || errors.Is(err, errLocked) || errors.As(err, &g)
+}
 
 // noRoom makes the error of a full disk one that says so.
 func noRoom(err error) error {

@@ -344,7 +344,7 @@ func TestOfOneChunk(t *testing.T) {
 		want bool
 	}{
 		{nil, false}, {errServer, false}, {errAbandoned, false}, {noRoom(unix.ENOSPC), false},
-		{fmt.Errorf("prefetch: %w", errLocked), true},
+		{fmt.Errorf("prefetch: %w", errLocked), true}, {&refusedError{0, missing{request{0, 1}, errServer}}, true},
 	} {
 		if got := OfOneChunk(c.err); got != c.want {
 			t.Errorf("%v: %v", c.err, got)

@@ -277,37 +277,6 @@ func TestStream(t *testing.T) {
 	}
 }
 
-// TestStreamOfWrongBytes: a chunk that is wrong is fetched again, alone; if it stays wrong,
-// what is before it is given, and nothing of it.
-func TestStreamOfWrongBytes(t *testing.T) {
-	b := verifiable.Make(t, random(5*chunk+100), verifiable.Options{Chunk: chunk})
-	for _, c := range []struct {
-		name  string
-		flip  func(int, int64, int) bool
-		given int
-		asked []request
-	}{
-		{"once", once(2*chunk + 5), 4 * chunk, []request{{0, 0, 4 * chunk}, {0, 2 * chunk, chunk}}},
-		{"always", at(2*chunk + 5), 2 * chunk, []request{{0, 0, 4 * chunk}, {0, 2 * chunk, chunk}}},
-	} {
-		s := serve(b.Data, nil)
-		x := openIndex(t, s, place(b))
-		s.taken()
-		s.flip = c.flip
-		got, err := get(t, x.Stream(), 0, 4*chunk)
-		var m *integrity.MismatchError
-		if fails := c.given < 4*chunk; fails != errors.As(err, &m) || !fails && err != nil {
-			t.Errorf("%s: %v", c.name, err)
-		}
-		if !bytes.Equal(got, b.Plain[:c.given]) {
-			t.Errorf("%s: %d bytes, want %d", c.name, len(got), c.given)
-		}
-		if asked := s.taken(); !slices.Equal(asked, c.asked) {
-			t.Errorf("%s: fetched %v, want %v", c.name, asked, c.asked)
-		}
-	}
-}
-
 // TestUnchecked: with nothing to be verified an index still finds chunks.
 func TestUnchecked(t *testing.T) {
 	b := verifiable.Make(t, random(2*chunk), verifiable.Options{Chunk: chunk, Zstd: true})
