@@ -134,8 +134,9 @@ func (b *Blob) closedError() error {
 	return fmt.Errorf("blob %s: %w", b.store.digest, os.ErrClosed)
 }
 
-// maxRefetches is how often a read has a chunk fetched again that was not verified, and might be.
-const maxRefetches = 3
+// maxRefetches is how often a read has a chunk fetched again that was not verified, and might be. Who verifies knows how
+// often that makes sense, and says Temporary no longer; this is for one who never stops, and more than a blob has places.
+const maxRefetches = 100
 
 // readMissing reads a range of which something was absent. It begins anew at a chunk whose fetch was given up.
 func (b *Blob) readMissing(ctx context.Context, p []byte, off int64) error {

@@ -127,7 +127,7 @@ type OpenOptions struct {
 	// Verify is called with the bytes of a chunk, from off in the blob, before anybody reads them and once for each
 	// time that this process takes the chunk in, be it from the Fetcher or from the disk. A chunk for which it returns
 	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of the
-	// disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any other
+	// disk is fetched again, and one that was fetched is, as long as Temporary says true. Any other
 	// error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error. It may be called in parallel, must not
 	// keep p, and must not read the blob through this cache. nil: nothing is verified.
 	Verify func(ctx context.Context, p []byte, off int64) error

@@ -102,22 +102,33 @@ func isMismatch(err error) bool {
 }
 
 // cachedFrames is an image in zstd frames behind a cache.
-func cachedFrames(t *testing.T, x *verified.Index, o blobcache.Options) *blobcache.Blob {
+func cachedFrames(t *testing.T, x *verified.Index) *blobcache.Blob {
 	t.Helper()
 	m, err := chunked.New(x.ChunkIndex, x.Stream())
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := blobcache.New(t.TempDir()+"/cache", o)
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return cached(t, m, blobcache.OpenOptions{ChunkSize: chunk, Vouched: true}, x.Size())
+}
+
+// cached is a blob behind a cache where nothing is fetched ahead.
+func cached(t *testing.T, f blobcache.Fetcher, o blobcache.OpenOptions, size int64) *blobcache.Blob {
+	t.Helper()
+	c, err := blobcache.New(t.TempDir()+"/cache", blobcache.Options{Readahead: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(c.Close(), m.Close()); err != nil {
+		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	b, err := c.Open("sha256:"+strings.Repeat("0", 64), x.Size(), m, blobcache.OpenOptions{ChunkSize: chunk, Vouched: true})
+	b, err := c.Open("sha256:"+strings.Repeat("0", 64), size, f, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +150,7 @@ func TestNeighbours(t *testing.T) {
 		s.taken()
 		s.flip = at(int64(b.Frames[2]) + 5)
 		s.hold = make(chan struct{})
-		blob := cachedFrames(t, x, blobcache.Options{Readahead: -1})
+		blob := cachedFrames(t, x)
 		errs := make(chan error, 2)
 		go func() { errs <- blob.ReadAt(t.Context(), make([]byte, 6*chunk), 0) }()
 		synctest.Wait()
@@ -237,7 +248,7 @@ func TestWrongFramesByFewConnections(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		blob := cachedFrames(t, x, blobcache.Options{Readahead: -1})
+		blob := cachedFrames(t, x)
 		var readers sync.WaitGroup
 		for i := range conns {
 			readers.Go(func() {
