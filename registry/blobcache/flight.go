@@ -14,22 +14,23 @@ import (
 // A flight is one Fetch and the reading of its body.
 type flight struct {
 	blob       *Blob
-	first, end int64   // the chunks it asks for; end goes up when it turns out to be the stream
-	demanded   int64   // the chunks before this one are waited for, those from here on are fetched ahead
-	ahead      bool    // it has a slot for what it fetches ahead
-	background bool    // it brings what Prefetch wants, see background
-	slot       bool    // it has a slot of the background
-	favored    bool    // it is one of background.favored
-	begun      bool    // of the background, it is about to fetch: readers of its chunks wait for it. Guarded by store.mu
-	turn       bool    // it has a slot for what is waited for
-	receiving  bool    // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
-	ranged     bool    // the body began where it was asked to
-	unkept     error   // why the disk did not take a chunk
-	fetched    bool    // it has asked for something
-	looked     bool    // what of it is on disk was published, and what of it others fetch is left to them
-	waits      bool    // it fetches nothing: another process does
-	locks      []int64 // chunks whose lock between processes it has
-	troubled   bool    // it failed, or was not kept
+	first, end int64 // the chunks it asks for; end goes up when it turns out to be the stream
+	demanded   int64 // the chunks before this one are waited for, those from here on are fetched ahead
+	ahead      bool  // it has a slot for what it fetches ahead
+	background bool  // it brings what Prefetch wants, see background
+	slot       bool  // it has a slot of the background
+	favored    bool  // it is one of background.favored
+	begun      bool  // of the background, it is about to fetch: readers of its chunks wait for it. Guarded by store.mu
+	turn       bool  // it has a slot for what is waited for
+	receiving  bool  // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
+	ranged     bool  // the body began where it was asked to
+	unkept     error // why the disk did not take a chunk
+	fetched    bool  // it has asked for something
+	looked     bool  // what of it is on disk was published, and what of it others fetch is left to them
+	waits      bool  // it fetches nothing: another process does
+	troubled   bool  // it failed, or was not kept
+	// locks are the chunks whose lock between processes it has, until it has delivered them. Guarded by store.mu.
+	locks map[int64]struct{}
 	// heard is when the last byte came or, before the first one, when it began.
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
@@ -176,6 +177,7 @@ func (f *flight) land(err error) {
 // drop makes a chunk in flight absent. The caller holds s.mu.
 func (s *store) drop(chunk int64, pend *pending, err error) {
 	s.landed(chunk)
+	pend.flight.release(chunk)
 	s.fresh.clear(chunk)
 	pend.err = err
 	close(pend.done)
@@ -459,6 +461,7 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	defer s.mu.Unlock()
 	s.unpin(chunk, chunk+1)
 	if s.inflight[chunk] != pend {
+		f.release(chunk)
 		return // the same, just now
 	}
 	if err != nil {
@@ -474,6 +477,7 @@ func (f *flight) pin(chunk int64, pend *pending) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.inflight[chunk] != pend {
+		f.release(chunk)
 		return false
 	}
 	s.pin(chunk, chunk+1)
@@ -491,6 +495,8 @@ func (f *flight) deliver(chunk int64, pend *pending, data []byte, onDisk, passed
 		s.use(chunk, chunk+1)
 	}
 	s.landed(chunk)
+	f.release(chunk)
+	pend.flight.release(chunk)
 	close(pend.done)
 	if onDisk {
 		s.completed()

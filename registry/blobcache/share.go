@@ -3,13 +3,12 @@ package blobcache
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Who fetches a chunk holds its lock, and finds out under it whether another process has fetched it meanwhile. What
+// Who fetches a chunk holds its lock until the chunk is here, and finds out under it whether another process has fetched it meanwhile. What
 // others hold is waited for by a flight of its own, which looks again and again: such a wait can be ended by Close, and
 // a lock whose process was killed is free for the next one who tries.
 const (
@@ -175,14 +174,22 @@ func (f *flight) lock(chunk int64) error {
 			return err
 		}
 	}
-	s.locks[chunk]++
-	f.locks = append(f.locks, chunk)
+	f.hold(chunk)
 	return nil
+}
+
+// hold notes that f has the lock of a chunk, which is ours. The caller holds s.mu.
+func (f *flight) hold(chunk int64) {
+	f.blob.store.locks[chunk]++
+	if f.locks == nil {
+		f.locks = make(map[int64]struct{})
+	}
+	f.locks[chunk] = struct{}{}
 }
 
 // unlock lets go of the locks of f. The caller holds s.mu.
 func (f *flight) unlock() {
-	for _, chunk := range f.locks {
+	for chunk := range f.locks {
 		f.blob.store.unlock(chunk)
 	}
 	f.locks = nil
@@ -201,8 +208,8 @@ func (s *store) unlock(chunk int64) {
 
 // release lets go of the lock of a chunk, if f has it. The caller holds s.mu.
 func (f *flight) release(chunk int64) {
-	if i := slices.Index(f.locks, chunk); i >= 0 {
-		f.locks = slices.Delete(f.locks, i, i+1)
+	if f.has(chunk) {
+		delete(f.locks, chunk)
 		f.blob.store.unlock(chunk)
 	}
 }
@@ -314,8 +321,7 @@ func (f *flight) spinOff(run chunkRun) {
 		if g.background {
 			f.release(c)
 		} else if s.locks[c] > 0 {
-			s.locks[c]++
-			g.locks = append(g.locks, c)
+			g.hold(c)
 		}
 	}
 	if !g.ahead && !g.background {
@@ -433,5 +439,6 @@ func (s *store) giveBack(chunk int64) error {
 
 // has says whether f has the lock of the chunk. The caller holds s.mu.
 func (f *flight) has(chunk int64) bool {
-	return slices.Contains(f.locks, chunk)
+	_, ok := f.locks[chunk]
+	return ok
 }
