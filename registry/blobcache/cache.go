@@ -50,8 +50,8 @@ type Options struct {
 	MinFree int64
 	// Paranoid has every chunk checked at every read, and not at the first one only.
 	Paranoid bool
-	// Patience is how long a reader waits for what another process fetches, before it is fetched once more, without
-	// being kept. 20 s if zero.
+	// Patience is how long a reader waits for what another process fetches, and nothing of it comes, before it is fetched
+	// once more, without being kept. 20 s if zero.
 	Patience time.Duration
 	Logger   *slog.Logger // silent if nil
 }

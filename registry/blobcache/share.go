@@ -333,10 +333,11 @@ func (f *flight) spinOff(run chunkRun) {
 }
 
 // await waits for what other processes fetch. What nobody fetches any more, since its process failed or was killed, is
-// fetched by a flight of ours; so is, in the end, what does not come, but that cannot be kept.
+// fetched by a flight of ours; so is what does not come although nothing else has come for long, but that cannot be kept.
 func (f *flight) await() error {
 	b, s := f.blob, f.blob.store
-	begin := time.Now()
+	begin, seen := time.Now(), make(map[int64]struct{})
+	f.othersBrought(seen)
 	for wait := firstPause; ; wait = min(2*wait, mostPause) {
 		if err := pause(b.ctx, wait); err != nil {
 			return err
@@ -349,6 +350,9 @@ func (f *flight) await() error {
 			}
 		}
 		s.mu.Unlock()
+		if f.othersBrought(seen) {
+			begin = time.Now()
+		}
 		if err := f.fromDisk(); err != nil {
 			return err
 		}
@@ -360,6 +364,23 @@ func (f *flight) await() error {
 			return nil
 		}
 	}
+}
+
+// othersBrought says whether other processes have brought something that seen has not yet, of what f waits for or so near
+// that one flight may bring both: whoever has the locks does not stand still.
+func (f *flight) othersBrought(seen map[int64]struct{}) (some bool) {
+	s := f.blob.store
+	span := s.perFlight()
+	for c := range s.disk.present(max(f.first-span, 0), min(f.end+span, s.chunks)) {
+		if _, ok := seen[c]; ok {
+			continue
+		}
+		seen[c] = struct{}{}
+		s.mu.Lock()
+		some = some || !s.known.has(c) // else it may be of this process
+		s.mu.Unlock()
+	}
+	return some
 }
 
 // takeOver begins flights for the chunks whose locks are f's now, or for all.

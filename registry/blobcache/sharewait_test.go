@@ -2,6 +2,7 @@ package blobcache
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"time"
 )
@@ -56,4 +57,101 @@ func TestLocksAreLetGoWhenAChunkIsHere(t *testing.T) {
 			}
 		})
 	}
+}
+
+// slowly opens a gate at the end of each chunk, one each time that so much has passed, and gives when the last one opens.
+func slowly(s *server, n int64, each time.Duration) {
+	s.gates = make(map[int64]chan struct{})
+	for c := range n {
+		gate := make(chan struct{})
+		s.gates[(c+1)*cs-1] = gate
+		time.AfterFunc(time.Duration(c+1)*each, func() { close(gate) })
+	}
+}
+
+// A process that brings one chunk after the other is waited for, however long that takes; by who waits for all of them,
+// and by who waits for the last one. One that brings no more is waited for as long as patience says.
+func TestPatienceIsWithWhoStandsStill(t *testing.T) {
+	const each, patience, n, comes = 15 * time.Second, 20 * time.Second, 10, 6
+	for _, stuck := range []bool{false, true} {
+		stage(t, func(t *testing.T) {
+			began := time.Now()
+			dir := t.TempDir()
+			o := Options{ChunkSize: cs, Readahead: -1, Patience: patience}
+			s := newServer(n * cs)
+			slowly(s, n, each)
+			last := time.Duration(n * each)
+			gate := make(chan struct{})
+			if stuck {
+				s.gates[comes*cs] = gate
+				last = comes*each + patience
+			}
+			first := read(ctx, openBlob(t, openCacheAt(t, dir, o), s), s, 0, n*cs)
+			mustWait(t, "who fetches", first)
+			var others []*server
+			var readers []*reading
+			for _, r := range []request{{0, n * cs}, {(n - 1) * cs, cs}} {
+				other := newServer(n * cs)
+				others = append(others, other)
+				readers = append(readers, read(ctx, openBlob(t, openCacheAt(t, dir, o), other), other, r.off, r.n))
+			}
+			for _, r := range readers {
+				if err := <-r.done; err != nil {
+					t.Error(err)
+				}
+			}
+			if took := time.Since(began); took < last || took > last+3*mostPause {
+				t.Errorf("stuck=%v: the last reader has his bytes after %v, want %v", stuck, took, last)
+			}
+			var asked [][]request
+			for _, other := range others {
+				asked = append(asked, other.asked())
+			}
+			want := [][]request{nil, nil}
+			if stuck {
+				want = [][]request{{{comes * cs, (n - comes) * cs}}, {{(n - 1) * cs, cs}}}
+			}
+			if !slices.EqualFunc(asked, want, slices.Equal) {
+				t.Errorf("stuck=%v: asked for %v, want %v", stuck, asked, want)
+			}
+			close(gate)
+			if err := <-first.done; err != nil {
+				t.Error(err)
+			}
+			s.checkOnce(t)
+		})
+	}
+}
+
+// What this process itself brings beside what it waits for is no sign of life of the other one.
+func TestPatienceIsNotFedByOneself(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		dir := t.TempDir()
+		o := Options{ChunkSize: cs, Readahead: -1, Patience: 20 * time.Second}
+		dead := newServer(20 * cs)
+		dead.hold = make(chan struct{})
+		first := read(ctx, openBlob(t, openCacheAt(t, dir, o), dead), dead, 0, cs)
+		mustWait(t, "who fetches", first)
+		s := newServer(20 * cs)
+		b := openBlob(t, openCacheAt(t, dir, o), s)
+		began := time.Now()
+		waits := read(ctx, b, s, 0, cs)
+		for c := range int64(10) {
+			time.Sleep(2 * time.Second)
+			if c < 9 {
+				mustWait(t, "who waits for the other process", waits)
+			}
+			if err := readNow(ctx, b, s, (c+1)*cs, cs); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := <-waits.done; err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took > o.Patience+3*mostPause {
+			t.Errorf("waited %v", took)
+		}
+		close(dead.hold)
+		mustEnd(t, "who fetches", first, nil)
+	})
 }
