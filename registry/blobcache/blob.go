@@ -195,7 +195,7 @@ func judgement(err error) ruling {
 func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err error) {
 	s := b.store
 	first, end := s.span(off, len(p))
-	wanted, behind, err := b.want(first, end)
+	wanted, behind, err := b.want(first, end, waitingSince(ctx))
 	if err != nil {
 		return 0, err
 	}

@@ -39,6 +39,9 @@ type Options struct {
 	PrefetchRate int64 // bytes a second that they bring together; no limit if zero
 	// Label gives the context of each Fetch, made of what it would be otherwise, by its cause. nil: as it is.
 	Label func(ctx context.Context, cause Cause) context.Context
+	// Waiting gives the context of a Fetch for which somebody has waited before, for another process, since when nothing
+	// has come. nil: as it is.
+	Waiting func(ctx context.Context, since time.Time) context.Context
 	// ObserveWait is called after each ReadAt that was not answered from what is present, with how long it took. It
 	// may be called in parallel. nil: nobody is told.
 	ObserveWait func(time.Duration)
@@ -56,13 +59,15 @@ type Options struct {
 	Logger   *slog.Logger // silent if nil
 }
 
+// DefaultPatience is that of Options.
+const DefaultPatience = 20 * time.Second
+
 const (
 	defaultChunkSize  = 256 << 10
 	defaultMaxSpan    = 8 << 20
 	defaultMaxFetches = 16
 	defaultReadahead  = 16 << 20
 	defaultMaxAhead   = 4
-	defaultPatience   = 20 * time.Second
 	defaultPrefetches = 2
 	minChunkSize      = 4 << 10
 	maxChunkSize      = 16 << 20
@@ -107,7 +112,7 @@ func (o Options) withDefaults() (Options, error) {
 		return o, fmt.Errorf("span of %d bytes, %d fetches, %d ahead: must not be negative", o.MaxSpan, o.MaxFetches, o.MaxAhead)
 	}
 	if o.Patience == 0 {
-		o.Patience = defaultPatience
+		o.Patience = DefaultPatience
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

@@ -79,6 +79,7 @@
 //	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for
 //	blob       shared by who has it open; whoever gets it exclusively may remove the file, or make it anew
 //	chunk      exclusive: its fetch, until it is here. Others wait, look again and again, and take over when the lock is free
+//	           By and by they ask by themselves (see Options.Patience)
 //	region     shared, 4 MiB: its lease. Who has it may read chunks there; who gets it exclusively may punch a hole
 //
 // So the bitmap of present chunks, which is in memory, can be believed without asking anybody: it has bits only for

@@ -31,6 +31,8 @@ type flight struct {
 	troubled   bool  // it failed, or was not kept
 	// locks are the chunks whose lock between processes it has, until it has delivered them. Guarded by store.mu.
 	locks map[int64]struct{}
+	// since is when who waits for it began to, if that was before it could begin, and nothing came meanwhile; else zero.
+	since time.Time
 	// heard is when the last byte came or, before the first one, when it began.
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
@@ -53,8 +55,9 @@ func (f *flight) quiet() bool {
 
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones
 // are nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become flights, and never does a chunk have two.
-// behind says that flights of the background bring all that is in flight.
-func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
+// behind says that flights of the background bring all that is in flight. since is when the reader's wait began, if that
+// was before this read.
+func (b *Blob) want(first, end int64, since time.Time) (_ []*pending, behind bool, _ error) {
 	s := b.store
 	wanted := make([]*pending, end-first)
 	var begun []*flight
@@ -86,6 +89,7 @@ func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
 		default:
 			if run == nil || c-run.first == s.perFlight() {
 				run = b.newFlight(c)
+				run.since = since
 				begun = append(begun, run)
 			}
 			run.end, run.demanded = c+1, c+1

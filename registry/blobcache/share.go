@@ -59,7 +59,7 @@ func (f *flight) prepare(chunk int64) (release func(), err error) {
 		return func() {}, nil
 	}
 	off := chunk * s.chunkSize
-	return p.Prepare(b.ctx, off, min(f.end*s.chunkSize, s.size)-off)
+	return p.Prepare(f.context(), off, min(f.end*s.chunkSize, s.size)-off)
 }
 
 // owing gives a chunk that f is to bring, or nil.
@@ -266,7 +266,7 @@ func (f *flight) leave(theirs []int64) {
 		}
 		if w == nil {
 			w = f.blob.newFlight(c)
-			w.waits, w.background = true, f.background
+			w.waits, w.background, w.since = true, f.background, f.since
 		}
 		w.end = c + 1
 		if !f.background {
@@ -305,7 +305,7 @@ func (f *flight) spinOff(run chunkRun) {
 	s := f.blob.store
 	g := f.blob.newFlight(run.first)
 	g.looked = !f.background // which may leave some of it to readers before it begins
-	g.background = f.background
+	g.background, g.since = f.background, f.since
 	g.end = run.end
 	g.demanded = min(max(f.demanded, run.first), run.end)
 	if g.demanded < g.end && !g.background {
@@ -336,8 +336,11 @@ func (f *flight) spinOff(run chunkRun) {
 // fetched by a flight of ours; so is what does not come although nothing else has come for long, but that cannot be kept.
 func (f *flight) await() error {
 	b, s := f.blob, f.blob.store
-	begin, seen := time.Now(), make(map[int64]struct{})
+	seen := make(map[int64]struct{})
 	f.othersBrought(seen)
+	if f.since.IsZero() && !f.background {
+		f.since = time.Now()
+	}
 	for wait := firstPause; ; wait = min(2*wait, mostPause) {
 		if err := pause(b.ctx, wait); err != nil {
 			return err
@@ -350,13 +353,13 @@ func (f *flight) await() error {
 			}
 		}
 		s.mu.Unlock()
-		if f.othersBrought(seen) {
-			begin = time.Now()
+		if f.othersBrought(seen) && !f.background {
+			f.since = time.Now()
 		}
 		if err := f.fromDisk(); err != nil {
 			return err
 		}
-		late := !f.background && time.Since(begin) > s.cache.options.Patience
+		late := !f.background && time.Since(f.since) > s.cache.options.Patience
 		if free || late {
 			f.takeOver(late)
 		}

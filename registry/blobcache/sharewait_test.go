@@ -1,8 +1,13 @@
 package blobcache
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"io"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -152,6 +157,127 @@ func TestPatienceIsNotFedByOneself(t *testing.T) {
 			t.Errorf("waited %v", took)
 		}
 		close(dead.hold)
+		mustEnd(t, "who fetches", first, nil)
+	})
+}
+
+// A troubled network is what a Fetcher waits for that gives up: after its wait, of which what was waited before is a part,
+// but for shortest. It counts.
+type troubled struct {
+	size           int64
+	wait, shortest time.Duration
+	tree           *Blob // is read first, if there is one
+	asked          atomic.Int64
+}
+
+type sinceKey struct{}
+
+func withSince(ctx context.Context, since time.Time) context.Context {
+	return context.WithValue(ctx, sinceKey{}, since)
+}
+
+func (n *troubled) Fetch(ctx context.Context, _, _ int64) (io.ReadCloser, int64, int64, error) {
+	n.asked.Add(1)
+	if n.tree != nil {
+		if err := n.tree.ReadAt(ctx, make([]byte, 1), 0); err != nil {
+			return nil, 0, 0, err
+		}
+	}
+	wait := n.wait
+	if since, ok := ctx.Value(sinceKey{}).(time.Time); ok {
+		wait = max(wait-time.Since(since), n.shortest)
+	}
+	return nil, 0, 0, cmp.Or(pause(ctx, wait), errServer)
+}
+
+// Who waits for another process, and then for the network, waits as if it had been for the network alone; also where what
+// a chunk is verified by is waited for in the same way.
+func TestWaitsAreOne(t *testing.T) {
+	const shortest = 3 * time.Second
+	treeDigest := "sha256:" + strings.Repeat("1", 64)
+	for _, c := range []struct {
+		name         string
+		theirs, mine time.Duration // how long the network is waited for
+		patience     time.Duration
+		late         time.Duration // the second reader
+		tree         bool
+		want         time.Duration // its wait
+		asked        int64         // by the second process, of the network
+	}{
+		{"behind one with the same wait", time.Minute, time.Minute, 20 * time.Second, time.Second, false, time.Minute, 1},
+		{"behind one with a longer wait", time.Minute, 5 * time.Second, 5 * time.Second, time.Second, false, 5*time.Second + shortest, 1},
+		{"behind one that gives up soon", 10 * time.Second, time.Minute, 20 * time.Second, time.Second, false, time.Minute, 1},
+		{"a tree", time.Minute, time.Minute, 20 * time.Second, time.Second, true, time.Minute, 1},
+		{"a tree, behind one with a longer wait", time.Hour, 5 * time.Second, 5 * time.Second, time.Second, true, 5*time.Second + shortest, 1},
+		{"a tree, behind one that gives up soon", 10 * time.Second, time.Minute, 20 * time.Second, time.Second, true, time.Minute, 1},
+	} {
+		stage(t, func(t *testing.T) {
+			dir := t.TempDir()
+			process := func(wait time.Duration) (b *Blob, network *troubled) {
+				o := Options{ChunkSize: cs, Readahead: -1, Patience: c.patience, Waiting: withSince}
+				cache := openCacheAt(t, dir, o)
+				network = &troubled{size: 4 * cs, wait: wait, shortest: shortest}
+				data := network
+				if c.tree {
+					tree, err := cache.Open(treeDigest, cs, network, OpenOptions{Beneath: true, NoReadahead: true})
+					if err != nil {
+						t.Fatal(err)
+					}
+					data = &troubled{tree: tree}
+				}
+				b, err := cache.Open(testDigest, 4*cs, data, OpenOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return b, network
+			}
+			a, _ := process(c.theirs)
+			b, network := process(c.mine)
+			first := make(chan error, 1)
+			go func() { first <- a.ReadAt(ctx, make([]byte, 1), 0) }()
+			time.Sleep(c.late)
+			began := time.Now()
+			if err := b.ReadAt(ctx, make([]byte, 1), 0); !errors.Is(err, errServer) {
+				t.Errorf("%s: %v", c.name, err)
+			}
+			if took := time.Since(began); took < c.want || took > c.want+3*mostPause {
+				t.Errorf("%s: waited %v, want %v", c.name, took, c.want)
+			}
+			if got := network.asked.Load(); got != c.asked {
+				t.Errorf("%s: the network was asked %d times, want %d", c.name, got, c.asked)
+			}
+			if err := <-first; !errors.Is(err, errServer) {
+				t.Errorf("%s: the first: %v", c.name, err)
+			}
+		})
+	}
+}
+
+// What has come meanwhile begins the wait anew.
+func TestWaitsAreOneFromWhatCameLast(t *testing.T) {
+	stage(t, func(t *testing.T) {
+		const wait, each = time.Minute, 15 * time.Second
+		dir := t.TempDir()
+		o := Options{ChunkSize: cs, Readahead: -1, Patience: 20 * time.Second, Waiting: withSince}
+		s := newServer(4 * cs)
+		slowly(s, 2, each)
+		gate := make(chan struct{})
+		s.gates[2*cs] = gate
+		first := read(ctx, openBlob(t, openCacheAt(t, dir, o), s), s, 0, 4*cs)
+		mustWait(t, "who fetches", first)
+		network := &troubled{wait: wait, shortest: 3 * time.Second}
+		b, err := openCacheAt(t, dir, o).Open(testDigest, 4*cs, network, OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if err := b.ReadAt(ctx, make([]byte, 4*cs), 0); !errors.Is(err, errServer) {
+			t.Error(err)
+		}
+		if took := time.Since(began); took < 2*each+wait || took > 2*each+wait+4*mostPause {
+			t.Errorf("waited %v, want %v", took, 2*each+wait)
+		}
+		close(gate)
 		mustEnd(t, "who fetches", first, nil)
 	})
 }
