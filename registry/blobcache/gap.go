@@ -33,14 +33,26 @@ func (f *flight) passOver(r *bufio.Reader, at int64, err error) (chunk int64, _ 
 			return 0, broken(err, at)
 		}
 		chunk = ceil(end, s.chunkSize)
-		for c := at / s.chunkSize; c < min(chunk, f.end); c++ {
-			if pend, _ := f.take(c); pend != nil {
-				f.refuse(c, pend, f.refused(c, err))
-			}
-		}
+		f.refuseAll(at/s.chunkSize, min(chunk, f.end), err)
 		var n int
 		n, err = r.Discard(int(min(chunk*s.chunkSize, s.size) - end))
 		at = end + int64(n)
 	}
 	return chunk, nil
+}
+
+// refuseAll ends the waits for those of the chunks [first, end) that f was to bring, all at once: who asks for them again
+// asks for all of them.
+func (f *flight) refuseAll(first, end int64, why error) {
+	s := f.blob.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stream == f {
+		s.streamNext = max(s.streamNext, end)
+	}
+	for c := first; c < end; c++ {
+		if pend := s.inflight[c]; pend != nil && pend.flight == f {
+			s.drop(c, pend, f.refused(c, why))
+		}
+	}
 }
