@@ -4,7 +4,9 @@ import (
 	"log/slog"
 	"reflect"
 	"testing"
+	"time"
 
+	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 )
 
@@ -37,5 +39,22 @@ func TestKeepIsRecorded(t *testing.T) {
 	}
 	if o, err := keptOptions(a).options(slog.Default()); err != nil || o.MaxBytes != 1<<30 || o.Logger == nil {
 		t.Errorf("%+v, %v", o, err)
+	}
+}
+
+// Another process is waited for no longer than the network would be, and what was waited counts for the network.
+func TestPatienceWithOthers(t *testing.T) {
+	for _, c := range []struct {
+		wait    time.Duration
+		offline bool
+		want    time.Duration
+	}{
+		{time.Minute, false, 20 * time.Second}, {5 * time.Second, false, 5 * time.Second},
+		{0, false, 0}, {registry.NoWait, false, 0}, {time.Minute, true, time.Millisecond},
+	} {
+		s := &sourceOptions{client: registry.Options{ErrorWait: c.wait}, offline: c.offline}
+		if o, err := s.cacheOptions(slog.Default()); err != nil || o.Patience != c.want || o.Waiting == nil {
+			t.Errorf("wait of %v: patience of %v, %v; want %v", c.wait, o.Patience, err, c.want)
+		}
 	}
 }

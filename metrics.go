@@ -133,12 +133,13 @@ func (m *meter) failed(errno syscall.Errno) {
 	}
 }
 
-// measureCache has the requests of a cache bear their cause, and its waits counted. m may be
-// nil: the causes are not for it alone.
+// measureCache has the requests of a cache bear their cause and what was waited before, and its
+// waits counted. m may be nil: that is not for it alone.
 func (m *meter) measureCache(o *blobcache.Options) {
 	o.Label = func(ctx context.Context, cause blobcache.Cause) context.Context {
 		return registry.WithCause(ctx, string(cause))
 	}
+	o.Waiting = registry.WithWaiting
 	if m != nil {
 		o.ObserveWait = m.waited
 	}

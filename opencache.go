@@ -55,16 +55,9 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	if err != nil {
 		return err
 	}
-	keep, err := s.keep.options(log)
+	keep, err := s.cacheOptions(log)
 	if err != nil {
 		return err
-	}
-	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, s.prefetch.atOnce()
-	keep.OneAtATime = s.client.MaxConnsPerHost == 1
-	s.meter.measureCache(&keep)
-	if s.offline {
-		keep.Readahead = -1
-		keep.Patience = time.Millisecond // what another process may fetch is not here
 	}
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
@@ -78,6 +71,25 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 		log.Warn("what tags lead to is not remembered; --offline will not find it", "err", o.noRecords)
 	}
 	return nil
+}
+
+// cacheOptions are those of the cache that s is read through.
+func (s *sourceOptions) cacheOptions(log *slog.Logger) (blobcache.Options, error) {
+	keep, err := s.keep.options(log)
+	if err != nil {
+		return keep, err
+	}
+	keep.PrefetchRate, keep.MaxPrefetches = s.prefetch.bytesPerSecond, s.prefetch.atOnce()
+	keep.OneAtATime = s.client.MaxConnsPerHost == 1
+	s.meter.measureCache(&keep)
+	if wait := s.client.ErrorWait; wait > 0 {
+		keep.Patience = min(blobcache.DefaultPatience, wait) // for another process, in place of the registry
+	}
+	if s.offline {
+		keep.Readahead = -1
+		keep.Patience = time.Millisecond // what another process may fetch is not here
+	}
+	return keep, nil
 }
 
 // openKeeper opens the cache, and what keeps there the documents of the repository that ref is of.

@@ -67,7 +67,7 @@ func (b *Blob) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, sta
 	if off < 0 || n <= 0 || off > size || n > size-off {
 		return nil, 0, 0, fmt.Errorf("blob %s: bytes %d+%d are not within its %d", b.desc.Digest, off, n, size)
 	}
-	s := &stream{ctx: ctx, blob: b, pos: off, end: off + n, wait: b.source.registry().reading()}
+	s := &stream{ctx: ctx, blob: b, pos: off, end: off + n, wait: b.source.registry().reading(ctx)}
 	s.wait.begin()
 	err = s.open(true)
 	s.first = s.pos

@@ -66,10 +66,12 @@
 //
 // A caller waits for Options.ErrorWait at most between two bytes of progress,
 // and for Options.ResolveWait while an image is resolved; then it gets an
-// *UnavailableError. Inside that time a silent connection is given up after
-// Options.NoProgress and tried anew. For an upload a byte that leaves is one of
-// progress for the connection, however slow; the patience for the registry is
-// renewed by what it acknowledges alone.
+// *UnavailableError. What it has waited for before, such as another process that
+// was to bring the bytes, is a part of that, but for 3 s (see WithWaiting). Inside
+// that time a silent connection is given up after Options.NoProgress and tried
+// anew. For an upload a byte that leaves is one of progress for the connection,
+// however slow; the patience for the registry is renewed by what it acknowledges
+// alone.
 //
 // # Credentials
 //

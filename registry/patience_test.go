@@ -183,6 +183,50 @@ func TestPatienceForTheSameRead(t *testing.T) {
 	}
 }
 
+// What was waited for before the registry was asked is a part of the wait, but for 3 s; until something comes.
+func TestPatienceOfWhoHasWaited(t *testing.T) {
+	for _, tc := range []struct{ wait, waited, want time.Duration }{
+		{time.Minute, 0, time.Minute}, {time.Minute, 20 * time.Second, 40 * time.Second},
+		{time.Minute, 58 * time.Second, 3 * time.Second}, {time.Minute, time.Hour, 3 * time.Second},
+		{2 * time.Second, time.Second, 2 * time.Second}, {registry.NoWait, time.Second, 0},
+	} {
+		alone(t)
+		synctest.Test(t, func(t *testing.T) {
+			comes := ""
+			c, err := registry.New(registry.Options{PlainHTTP: true, ErrorWait: tc.wait, Transport: transportFunc(func(q *http.Request) (*http.Response, error) {
+				if comes == "" {
+					return nil, refused
+				}
+				r := reply(q, 206, http.Header{"Content-Range": {"bytes 0-9/10"}}, comes)
+				r.ContentLength, comes = 10, "" // it breaks off
+				return r, nil
+			})})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			b, err := c.Blob(parse(t, "registry.example/x:v1"), ocispec.Descriptor{Digest: sum(nil), Size: 10})
+			if err != nil {
+				t.Fatal(err)
+			}
+			fails := func(want time.Duration) {
+				t.Helper()
+				began := time.Now()
+				if _, _, err := fetch(registry.WithWaiting(t.Context(), began.Add(-tc.waited)), b, 0, 10); err == nil {
+					t.Error("it came")
+				}
+				if took := time.Since(began); took > want || took < want*9/10-time.Second {
+					t.Errorf("wait %v, %v before: took %v, want %v", tc.wait, tc.waited, took, want)
+				}
+			}
+			fails(tc.want)
+			time.Sleep(3 * time.Second) // so that it is not the same read
+			comes = "01234"
+			fails(max(tc.wait, 0))
+		})
+	}
+}
+
 // While an image is looked for, a host that is not there is an error at once, and
 // everything else soon.
 func TestPatienceOfResolve(t *testing.T) {

@@ -85,12 +85,23 @@ const (
 	shortestPatience, shortPatience = 3 * time.Second, 10 * time.Second
 )
 
+type waitingKey struct{}
+
+// WithWaiting says that whoever a blob is fetched for has waited since then, and nothing
+// came: that counts as if it had been waited for the registry, but for 3 s.
+func WithWaiting(ctx context.Context, since time.Time) context.Context {
+	return context.WithValue(ctx, waitingKey{}, since)
+}
+
 // reading is the patience for the bytes of a blob.
-func (s *session) reading() *patience {
+func (s *session) reading(ctx context.Context) *patience {
 	p := &patience{limit: s.client.errorWait, host: s.ref.Host, recovery: s.client.recovery, happened: s.client.happened}
 	p.usual, p.gaveUp = p.limit, &s.gaveUp
 	if at := s.gaveUp.Load(); at != 0 && time.Since(time.Unix(0, at)) < sameRead {
 		p.limit = min(max(p.limit/4, shortestPatience), shortPatience, p.limit)
+	}
+	if since, ok := ctx.Value(waitingKey{}).(time.Time); ok {
+		p.limit = min(max(p.usual-time.Since(since), shortestPatience), p.limit)
 	}
 	return p
 }

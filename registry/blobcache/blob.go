@@ -134,8 +134,9 @@ func (b *Blob) closedError() error {
 	return fmt.Errorf("blob %s: %w", b.store.digest, os.ErrClosed)
 }
 
-// maxRefetches is how often a read has a chunk fetched again that was not verified, and might be.
-const maxRefetches = 3
+// maxRefetches is how often a read has a chunk fetched again that was not verified, and might be. Who verifies knows how
+// often that makes sense, and says Temporary no longer; this is for one who never stops, and more than a blob has places.
+const maxRefetches = 100
 
 // readMissing reads a range of which something was absent. It begins anew at a chunk whose fetch was given up.
 func (b *Blob) readMissing(ctx context.Context, p []byte, off int64) error {
@@ -194,7 +195,7 @@ func judgement(err error) ruling {
 func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err error) {
 	s := b.store
 	first, end := s.span(off, len(p))
-	wanted, behind, err := b.want(first, end)
+	wanted, behind, err := b.want(first, end, waitingSince(ctx))
 	if err != nil {
 		return 0, err
 	}

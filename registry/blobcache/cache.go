@@ -21,6 +21,8 @@ import (
 type Fetcher interface {
 	// Fetch asks for n bytes from off. start says where the body really begins, total how long the blob is.
 	// Reads of the body end with an error when ctx ends; a body that broke off ends with an error other than io.EOF.
+	// An error that has a method Gap() (off, n int64) is of these bytes alone, which are those that come next: they do
+	// not, and the body goes on behind them. It may be Temporary, as one of Verify.
 	Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
 }
 
@@ -39,6 +41,9 @@ type Options struct {
 	PrefetchRate int64 // bytes a second that they bring together; no limit if zero
 	// Label gives the context of each Fetch, made of what it would be otherwise, by its cause. nil: as it is.
 	Label func(ctx context.Context, cause Cause) context.Context
+	// Waiting gives the context of a Fetch for which somebody has waited before, for another process, since when nothing
+	// has come. nil: as it is.
+	Waiting func(ctx context.Context, since time.Time) context.Context
 	// ObserveWait is called after each ReadAt that was not answered from what is present, with how long it took. It
 	// may be called in parallel. nil: nobody is told.
 	ObserveWait func(time.Duration)
@@ -50,8 +55,8 @@ type Options struct {
 	MinFree int64
 	// Paranoid has every chunk checked at every read, and not at the first one only.
 	Paranoid bool
-	// Patience is how long a reader waits for what another process fetches, before it is fetched once more, without
-	// being kept. 20 s if zero.
+	// Patience is how long a reader waits for what another process fetches, and nothing of it comes, before it is fetched
+	// once more, without being kept. 20 s if zero.
 	Patience time.Duration
 	Logger   *slog.Logger // silent if nil
 }
@@ -62,13 +67,15 @@ const (
 	MaxChunkSize = 16 << 20
 )
 
+// DefaultPatience is that of Options.
+const DefaultPatience = 20 * time.Second
+
 const (
 	defaultChunkSize  = 256 << 10
 	defaultMaxSpan    = 8 << 20
 	defaultMaxFetches = 16
 	defaultReadahead  = 16 << 20
 	defaultMaxAhead   = 4
-	defaultPatience   = 20 * time.Second
 	defaultPrefetches = 2
 	maxLoads          = 16
 	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
@@ -111,7 +118,7 @@ func (o Options) withDefaults() (Options, error) {
 		return o, fmt.Errorf("span of %d bytes, %d fetches, %d ahead: must not be negative", o.MaxSpan, o.MaxFetches, o.MaxAhead)
 	}
 	if o.Patience == 0 {
-		o.Patience = defaultPatience
+		o.Patience = DefaultPatience
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -131,7 +138,7 @@ type OpenOptions struct {
 	// Verify is called with the bytes of a chunk, from off in the blob, before anybody reads them and once for each
 	// time that this process takes the chunk in, be it from the Fetcher or from the disk. A chunk for which it returns
 	// an error is not published. If the error has a method Temporary (and no Timeout), the bytes are wrong: a chunk of
-	// the disk is fetched again, and one that was fetched is, a few times for each read, if Temporary says true. Any
+	// the disk is fetched again, and one that was fetched is, as long as Temporary says true. Any
 	// other error says nothing about the bytes, and what is on disk stays. Those who wait for the chunk get the error.
 	// It may be called in parallel, must not keep p, and must not read the blob through this cache. nil: nothing is
 	// verified.

@@ -39,9 +39,9 @@ func (f *flight) label() context.Context {
 		s.counters.fetchesDemand.Add(1)
 	}
 	if label := s.cache.options.Label; label != nil && !f.blob.beneath {
-		return label(f.blob.ctx, cause)
+		return f.waiting(label(f.blob.ctx, cause))
 	}
-	return f.blob.ctx
+	return f.context()
 }
 
 // bytesOf gives where bytes are counted that are fetched for this cause.

@@ -14,7 +14,8 @@
 //
 // A flight belongs to the Blob that began it and a wait to the reader: a reader leaves when its own chunks are there
 // or its context ends, and the flight goes on for the others until Close. What a flight could not bring is absent
-// again, and the readers who waited for it get its error: nothing is ever filled in.
+// again, and the readers who waited for it get its error: nothing is ever filled in. A body that verifies by itself what
+// it gives can say of some of its bytes that they do not come, and go on behind them (see Fetcher).
 //
 // A server that answers the whole blob to a request for a range is read to its end, since to ask again would bring
 // the whole again. Such a flight is the blob's stream: it publishes every chunk that passes, readers of chunks that
@@ -79,7 +80,8 @@
 //	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
 //	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for
 //	blob       shared by who has it open; whoever gets it exclusively may remove the file, or make it anew
-//	chunk      exclusive: its fetch. Others wait, look again and again, and take over when the lock is free
+//	chunk      exclusive: its fetch, until it is here. Others wait, look again and again, and take over when the lock is free
+//	           By and by they ask by themselves (see Options.Patience)
 //	region     shared, 4 MiB: its lease. Who has it may read chunks there; who gets it exclusively may punch a hole
 //
 // So the bitmap of present chunks, which is in memory, can be believed without asking anybody: it has bits only for

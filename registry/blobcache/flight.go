@@ -14,22 +14,25 @@ import (
 // A flight is one Fetch and the reading of its body.
 type flight struct {
 	blob       *Blob
-	first, end int64   // the chunks it asks for; end goes up when it turns out to be the stream
-	demanded   int64   // the chunks before this one are waited for, those from here on are fetched ahead
-	ahead      bool    // it has a slot for what it fetches ahead
-	background bool    // it brings what Prefetch wants, see background
-	slot       bool    // it has a slot of the background
-	favored    bool    // it is one of background.favored
-	begun      bool    // of the background, it is about to fetch: readers of its chunks wait for it. Guarded by store.mu
-	turn       bool    // it has a slot for what is waited for
-	receiving  bool    // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
-	ranged     bool    // the body began where it was asked to
-	unkept     error   // why the disk did not take a chunk
-	fetched    bool    // it has asked for something
-	looked     bool    // what of it is on disk was published, and what of it others fetch is left to them
-	waits      bool    // it fetches nothing: another process does
-	locks      []int64 // chunks whose lock between processes it has
-	troubled   bool    // it failed, or was not kept
+	first, end int64 // the chunks it asks for; end goes up when it turns out to be the stream
+	demanded   int64 // the chunks before this one are waited for, those from here on are fetched ahead
+	ahead      bool  // it has a slot for what it fetches ahead
+	background bool  // it brings what Prefetch wants, see background
+	slot       bool  // it has a slot of the background
+	favored    bool  // it is one of background.favored
+	begun      bool  // of the background, it is about to fetch: readers of its chunks wait for it. Guarded by store.mu
+	turn       bool  // it has a slot for what is waited for
+	receiving  bool  // its body is being read: a stream does not take its chunks over any more. Guarded by store.mu
+	ranged     bool  // the body began where it was asked to
+	unkept     error // why the disk did not take a chunk
+	fetched    bool  // it has asked for something
+	looked     bool  // what of it is on disk was published, and what of it others fetch is left to them
+	waits      bool  // it fetches nothing: another process does
+	troubled   bool  // it failed, or was not kept
+	// locks are the chunks whose lock between processes it has, until it has delivered them. Guarded by store.mu.
+	locks map[int64]struct{}
+	// since is when who waits for it began to, if that was before it could begin, and nothing came meanwhile; else zero.
+	since time.Time
 	// heard is when the last byte came or, before the first one, when it began.
 	heard  atomic.Int64
 	paused atomic.Bool   // it lets others go first, or keeps to a rate
@@ -52,8 +55,9 @@ func (f *flight) quiet() bool {
 
 // want makes sure that every chunk of [first, end) is present or in flight, and gives those in flight; present ones are
 // nil. Their regions stay until the caller says that it does not need them any longer. Runs of absent chunks become
-// flights, and never does a chunk have two. behind says that flights of the background bring all that is in flight.
-func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
+// flights, and never does a chunk have two. behind says that flights of the background bring all that is in flight. since is
+// when the reader's wait began, if that was before this read.
+func (b *Blob) want(first, end int64, since time.Time) (_ []*pending, behind bool, _ error) {
 	s := b.store
 	wanted := make([]*pending, end-first)
 	var begun []*flight
@@ -85,6 +89,7 @@ func (b *Blob) want(first, end int64) (_ []*pending, behind bool, _ error) {
 		default:
 			if run == nil || c-run.first == s.perFlight() {
 				run = b.newFlight(c)
+				run.since = since
 				begun = append(begun, run)
 			}
 			run.end, run.demanded = c+1, c+1
@@ -176,6 +181,7 @@ func (f *flight) land(err error) {
 // drop makes a chunk in flight absent. The caller holds s.mu.
 func (s *store) drop(chunk int64, pend *pending, err error) {
 	s.landed(chunk)
+	pend.flight.release(chunk)
 	s.fresh.clear(chunk)
 	pend.err = err
 	close(pend.done)
@@ -301,11 +307,13 @@ func (f *flight) receive(body io.Reader, start int64) error {
 	r := bufio.NewReader(flightReader{body, f})
 
 	chunk := (start + s.chunkSize - 1) / s.chunkSize
-	if _, err := r.Discard(int(chunk*s.chunkSize - start)); err != nil {
-		return broken(err, start)
+	if n, err := r.Discard(int(chunk*s.chunkSize - start)); err != nil {
+		if chunk, err = f.passOver(r, start+int64(n), err); err != nil {
+			return err
+		}
 	}
-	for ; ; chunk++ {
-		if chunk == f.end {
+	for {
+		if chunk >= f.end {
 			if more, err := f.goesOn(r); !more {
 				return err
 			}
@@ -321,11 +329,15 @@ func (f *flight) receive(body io.Reader, start int64) error {
 		n, err := io.ReadFull(r, data)
 		f.counts.Add(int64(n))
 		if err != nil {
-			return broken(err, chunk*s.chunkSize+int64(n))
+			if chunk, err = f.passOver(r, chunk*s.chunkSize+int64(n), err); err != nil {
+				return err
+			}
+			continue
 		}
 		if pend != nil {
 			f.publish(chunk, pend, data)
 		}
+		chunk++
 	}
 }
 
@@ -453,6 +465,7 @@ func (f *flight) publish(chunk int64, pend *pending, data []byte) {
 	defer s.mu.Unlock()
 	s.unpin(chunk, chunk+1)
 	if s.inflight[chunk] != pend {
+		f.release(chunk)
 		return // the same, just now
 	}
 	if err != nil {
@@ -468,6 +481,7 @@ func (f *flight) pin(chunk int64, pend *pending) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.inflight[chunk] != pend {
+		f.release(chunk)
 		return false
 	}
 	s.pin(chunk, chunk+1)
@@ -485,6 +499,8 @@ func (f *flight) deliver(chunk int64, pend *pending, data []byte, onDisk, passed
 		s.use(chunk, chunk+1)
 	}
 	s.landed(chunk)
+	f.release(chunk)
+	pend.flight.release(chunk)
 	close(pend.done)
 	if onDisk {
 		s.completed()
@@ -523,10 +539,16 @@ func (f *flight) verify(chunk int64, data []byte) error {
 	case b.ctx.Err() != nil:
 		return errAbandoned
 	}
-	b.store.cache.counters.refused.Add(1)
-	err = &refusedError{off, err}
+	return f.refused(chunk, err)
+}
+
+// refused counts a chunk that is not what it should be, and says so to who waits for it.
+func (f *flight) refused(chunk int64, why error) error {
+	s := f.blob.store
+	s.cache.counters.refused.Add(1)
+	err := &refusedError{chunk * s.chunkSize, why}
 	// Who fetches it again says so, and who gets it wrong again, too.
-	b.store.cache.options.Logger.Debug("chunk refused", "blob", b.store.digest, "offset", off, "err", err)
+	s.cache.options.Logger.Debug("chunk refused", "blob", s.digest, "offset", err.off, "err", err)
 	return err
 }
 

@@ -34,6 +34,9 @@ func (b *Blob) Prefetch(ctx context.Context, off, n int64) error {
 // Unit is how many bytes a chunk has, but for the last one.
 func (b *Blob) Unit() int64 { return b.store.chunkSize }
 
+// maxPasses is how often a chunk is tried anew that was given up, or that another process had.
+const maxPasses = 3
+
 // prefetchAll goes over the chunks until all are there. What could be had the next time is tried anew, a few times
 // where that gets nowhere.
 func (b *Blob) prefetchAll(ctx context.Context, first, end int64) error {
@@ -48,7 +51,11 @@ func (b *Blob) prefetchAll(ctx context.Context, first, end int64) error {
 		if p.again > stuck {
 			tries, stuck = 0, p.again
 		}
-		if tries == maxRefetches {
+		most := maxPasses
+		if errors.As(p.why, new(*refusedError)) {
+			most = maxRefetches
+		}
+		if tries >= most {
 			return p.why
 		}
 		first = p.again
@@ -245,7 +252,10 @@ func mayComeYet(err error) bool {
 
 // OfOneChunk says of an error of Prefetch that it is of one chunk, and nothing is wrong with how others are had: it came
 // and was wrong, or another process is at it.
-func OfOneChunk(err error) bool { return judgement(err) != nil || errors.Is(err, errLocked) }
+func OfOneChunk(err error) bool {
+	var g gap
+	return judgement(err) != nil || errors.Is(err, errLocked) || errors.As(err, &g)
+}
 
 // noRoom makes the error of a full disk one that says so.
 func noRoom(err error) error {

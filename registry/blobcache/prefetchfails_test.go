@@ -62,7 +62,7 @@ func TestPrefetchFails(t *testing.T) {
 
 // A chunk that is refused and may be better the next time is fetched again; one that stays wrong is an error.
 func TestPrefetchRefused(t *testing.T) {
-	for _, wrong := range []int{1, 100} {
+	for _, wrong := range []int{1, 1000} {
 		stage(t, func(t *testing.T) {
 			s := newServer(8 * cs)
 			j := &judge{truth: slices.Clone(s.content), temporary: true}
@@ -79,11 +79,11 @@ func TestPrefetchRefused(t *testing.T) {
 			p := prefetching(ctx, b, 0, 8*cs)
 			synctest.Wait()
 			err := <-p.done
-			if want := wrong == 100; want != (err != nil) || want && answers != maxRefetches+1 {
+			if want := wrong == 1000; want != (err != nil) || want && answers != maxRefetches+1 {
 				t.Errorf("error %v after %d answers", err, answers)
 			}
 			have := chunks(0, 8)
-			if wrong == 100 {
+			if wrong == 1000 {
 				have = slices.Delete(have, 5, 6)
 			}
 			mustBeOnDisk(t, b, have)
@@ -344,7 +344,7 @@ func TestOfOneChunk(t *testing.T) {
 		want bool
 	}{
 		{nil, false}, {errServer, false}, {errAbandoned, false}, {noRoom(unix.ENOSPC), false},
-		{fmt.Errorf("prefetch: %w", errLocked), true},
+		{fmt.Errorf("prefetch: %w", errLocked), true}, {&refusedError{0, missing{request{0, 1}, errServer}}, true},
 	} {
 		if got := OfOneChunk(c.err); got != c.want {
 			t.Errorf("%v: %v", c.err, got)

@@ -57,7 +57,18 @@ type answer struct {
 	start, end, total int64 // the body is content[start:end], and filler past its end
 	err               error // of Fetch
 	broken            error // of the body, in place of io.EOF
+	missing           []missing
 }
+
+// missing bytes are a gap in a body.
+type missing struct {
+	request
+	error
+}
+
+func (m missing) Gap() (off, n int64) { return m.off, m.n }
+
+func (m missing) Unwrap() error { return m.error }
 
 func newServer(size int) *server {
 	return &server{content: sourcetest.Content(size), read: make([]int64, size/cs+1)}
@@ -129,6 +140,16 @@ func (b *body) Read(p []byte) (int, error) {
 	for gate := range b.server.gates {
 		if gate > b.pos {
 			n = min(n, gate-b.pos)
+		}
+	}
+	for i, m := range b.missing {
+		if m.off >= b.pos {
+			n = min(n, m.off-b.pos)
+		}
+		if n == 0 {
+			b.pos += m.n
+			b.missing = b.missing[i+1:]
+			return 0, fmt.Errorf("body: %w", m)
 		}
 	}
 	if past := int64(len(b.server.content)); b.pos >= past {

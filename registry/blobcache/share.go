@@ -3,13 +3,12 @@ package blobcache
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Who fetches a chunk holds its lock, and finds out under it whether another process has fetched it meanwhile. What
+// Who fetches a chunk holds its lock until the chunk is here, and finds out under it whether another process has fetched it meanwhile. What
 // others hold is waited for by a flight of its own, which looks again and again: such a wait can be ended by Close, and
 // a lock whose process was killed is free for the next one who tries.
 const (
@@ -60,7 +59,7 @@ func (f *flight) prepare(chunk int64) (release func(), err error) {
 		return func() {}, nil
 	}
 	off := chunk * s.chunkSize
-	return p.Prepare(b.ctx, off, min(f.end*s.chunkSize, s.size)-off)
+	return p.Prepare(f.context(), off, min(f.end*s.chunkSize, s.size)-off)
 }
 
 // owing gives a chunk that f is to bring, or nil.
@@ -175,14 +174,22 @@ func (f *flight) lock(chunk int64) error {
 			return err
 		}
 	}
-	s.locks[chunk]++
-	f.locks = append(f.locks, chunk)
+	f.hold(chunk)
 	return nil
+}
+
+// hold notes that f has the lock of a chunk, which is ours. The caller holds s.mu.
+func (f *flight) hold(chunk int64) {
+	f.blob.store.locks[chunk]++
+	if f.locks == nil {
+		f.locks = make(map[int64]struct{})
+	}
+	f.locks[chunk] = struct{}{}
 }
 
 // unlock lets go of the locks of f. The caller holds s.mu.
 func (f *flight) unlock() {
-	for _, chunk := range f.locks {
+	for chunk := range f.locks {
 		f.blob.store.unlock(chunk)
 	}
 	f.locks = nil
@@ -201,8 +208,8 @@ func (s *store) unlock(chunk int64) {
 
 // release lets go of the lock of a chunk, if f has it. The caller holds s.mu.
 func (f *flight) release(chunk int64) {
-	if i := slices.Index(f.locks, chunk); i >= 0 {
-		f.locks = slices.Delete(f.locks, i, i+1)
+	if f.has(chunk) {
+		delete(f.locks, chunk)
 		f.blob.store.unlock(chunk)
 	}
 }
@@ -259,7 +266,7 @@ func (f *flight) leave(theirs []int64) {
 		}
 		if w == nil {
 			w = f.blob.newFlight(c)
-			w.waits, w.background = true, f.background
+			w.waits, w.background, w.since = true, f.background, f.since
 		}
 		w.end = c + 1
 		if !f.background {
@@ -298,7 +305,7 @@ func (f *flight) spinOff(run chunkRun) {
 	s := f.blob.store
 	g := f.blob.newFlight(run.first)
 	g.looked = !f.background // which may leave some of it to readers before it begins
-	g.background = f.background
+	g.background, g.since = f.background, f.since
 	g.end = run.end
 	g.demanded = min(max(f.demanded, run.first), run.end)
 	if g.demanded < g.end && !g.background {
@@ -314,8 +321,7 @@ func (f *flight) spinOff(run chunkRun) {
 		if g.background {
 			f.release(c)
 		} else if s.locks[c] > 0 {
-			s.locks[c]++
-			g.locks = append(g.locks, c)
+			g.hold(c)
 		}
 	}
 	if !g.ahead && !g.background {
@@ -327,10 +333,14 @@ func (f *flight) spinOff(run chunkRun) {
 }
 
 // await waits for what other processes fetch. What nobody fetches any more, since its process failed or was killed, is
-// fetched by a flight of ours; so is, in the end, what does not come, but that cannot be kept.
+// fetched by a flight of ours; so is what does not come although nothing else has come for long, but that cannot be kept.
 func (f *flight) await() error {
 	b, s := f.blob, f.blob.store
-	begin := time.Now()
+	seen := make(map[int64]struct{})
+	f.othersBrought(seen)
+	if f.since.IsZero() && !f.background {
+		f.since = time.Now()
+	}
 	for wait := firstPause; ; wait = min(2*wait, mostPause) {
 		if err := pause(b.ctx, wait); err != nil {
 			return err
@@ -343,10 +353,13 @@ func (f *flight) await() error {
 			}
 		}
 		s.mu.Unlock()
+		if f.othersBrought(seen) && !f.background {
+			f.since = time.Now()
+		}
 		if err := f.fromDisk(); err != nil {
 			return err
 		}
-		late := !f.background && time.Since(begin) > s.cache.options.Patience
+		late := !f.background && time.Since(f.since) > s.cache.options.Patience
 		if free || late {
 			f.takeOver(late)
 		}
@@ -354,6 +367,23 @@ func (f *flight) await() error {
 			return nil
 		}
 	}
+}
+
+// othersBrought says whether other processes have brought something that seen has not yet, of what f waits for or so near
+// that one flight may bring both: whoever has the locks does not stand still.
+func (f *flight) othersBrought(seen map[int64]struct{}) (some bool) {
+	s := f.blob.store
+	span := s.perFlight()
+	for c := range s.disk.present(max(f.first-span, 0), min(f.end+span, s.chunks)) {
+		if _, ok := seen[c]; ok {
+			continue
+		}
+		seen[c] = struct{}{}
+		s.mu.Lock()
+		some = some || !s.known.has(c) // else it may be of this process
+		s.mu.Unlock()
+	}
+	return some
 }
 
 // takeOver begins flights for the chunks whose locks are f's now, or for all.
@@ -433,5 +463,6 @@ func (s *store) giveBack(chunk int64) error {
 
 // has says whether f has the lock of the chunk. The caller holds s.mu.
 func (f *flight) has(chunk int64) bool {
-	return slices.Contains(f.locks, chunk)
+	_, ok := f.locks[chunk]
+	return ok
 }

@@ -71,9 +71,9 @@ func TestVerifyRefuses(t *testing.T) {
 		fetches   int // of the chunk, by one reader
 		fails     bool
 	}{
-		{"for good", false, 100, 1, true},
+		{"for good", false, 1000, 1, true},
 		{"for a time, and it was right then", true, 1, 2, false},
-		{"for a time, and it stays wrong", true, 100, 1 + maxRefetches, true},
+		{"for a time, and it stays wrong", true, 1000, 1 + maxRefetches, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newServer(5 * cs)

@@ -28,7 +28,8 @@ import (
 // A Fetcher brings stored bytes of the blob. Its methods may be called in parallel.
 type Fetcher interface {
 	// Fetch asks for n bytes from off. start says where the body really begins: at off, or
-	// at 0, with all that there is. total is how much that is.
+	// at 0, with all that there is. total is how much that is. A body may have an
+	// *integrity.GapError in the place of a frame, and go on behind it.
 	Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error)
 }
 
@@ -60,7 +61,8 @@ func (m *Image) Close() error {
 	return nil
 }
 
-// Fetch is a Fetcher's, of the image.
+// Fetch is a Fetcher's, of the image. In the place of a chunk whose frame does not come, or
+// cannot be decompressed, a body has an *integrity.GapError, and goes on behind it.
 func (m *Image) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, start, total int64, err error) {
 	x, size := m.index, m.index.Size()
 	if off < 0 || n <= 0 || off > size || n > size-off {
@@ -104,7 +106,11 @@ func (b *imageBody) Read(p []byte) (int, error) {
 		b.err = b.end()
 	}
 	if b.err == nil && len(b.ready) == 0 {
-		b.err = b.chunk()
+		gap, err := b.chunk()
+		if gap != nil {
+			return 0, gap
+		}
+		b.err = err
 	}
 	if b.err != nil {
 		return 0, b.err
@@ -124,12 +130,13 @@ func (b *imageBody) end() error {
 	return io.EOF
 }
 
-// chunk reads the next frame and decompresses it.
-func (b *imageBody) chunk() error {
+// chunk reads the next frame and decompresses it. A gap is what is wanted of a chunk that
+// cannot be had; any other error is the end.
+func (b *imageBody) chunk() (gap, err error) {
 	c := b.image.index.Chunk(b.next)
 	if b.pass > 0 {
 		if _, err := io.CopyN(io.Discard, b.frames, b.pass); err != nil {
-			return broken(err, c.BlobOff)
+			return nil, broken(err, c.BlobOff)
 		}
 		b.pass = 0
 	}
@@ -140,18 +147,29 @@ func (b *imageBody) chunk() error {
 	if int64(cap(b.plain)) < c.Len {
 		b.plain = make([]byte, c.Len)
 	}
-	stored := b.stored[:c.BlobLen]
-	if n, err := io.ReadFull(b.frames, stored); err != nil {
-		return broken(err, c.BlobOff+int64(n))
+	stored, plain := b.stored[:c.BlobLen], []byte(nil)
+	n, err := io.ReadFull(b.frames, stored)
+	switch {
+	case err == nil:
+		plain, err = b.image.decompress(b.plain[:0:c.Len], stored, b.next)
+	case n > 0 || !isGap(err, c.BlobOff, c.BlobLen):
+		return nil, broken(err, c.BlobOff+int64(n))
 	}
-	plain, err := b.image.decompress(b.plain[:0:c.Len], stored, b.next)
-	if err != nil {
-		return err
-	}
-	b.ready = plain[b.skip:min(c.Len, b.skip+b.left)]
+	from, to := b.skip, min(c.Len, b.skip+b.left)
 	b.next++
 	b.skip = 0
-	return nil
+	if err != nil {
+		b.left -= to - from
+		return &integrity.GapError{Off: c.Off + from, Len: to - from, Err: err}, nil
+	}
+	b.ready = plain[from:to]
+	return nil, nil
+}
+
+// isGap says whether an error is of these bytes only.
+func isGap(err error, off, n int64) bool {
+	var gap *integrity.GapError
+	return errors.As(err, &gap) && gap.Off == off && gap.Len == n
 }
 
 // decompress fills the capacity of dst, which is the length of chunk i, from its frame.

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
@@ -241,6 +243,84 @@ func TestHostileFrames(t *testing.T) {
 			t.Errorf("%s: %d bytes were allocated for a chunk of %d", c.name, taken, chunk)
 		}
 	}
+}
+
+// TestGaps: a chunk whose frame does not come, or holds something else, is a gap in the body, of the bytes that were asked
+// for; what is behind it comes.
+func TestGaps(t *testing.T) {
+	const chunk = 10000
+	image := text(5 * chunk)
+	data, index, bounds := compress(t, image, chunk)
+	z, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Frames need not fill what the index says they are stored in: a skippable frame is what is left.
+	short := z.EncodeAll(text(chunk/2), nil)
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	rest := bounds[4] - bounds[3] - len(short)
+	wrong := append(bytes.Clone(short), 0x50, 0x2a, 0x4d, 0x18)
+	wrong = append(binary.LittleEndian.AppendUint32(wrong, uint32(rest-8)), make([]byte, rest-8)...)
+	copy(data[bounds[3]:], wrong)
+	fault := errors.New("fault")
+	m := open(t, index, &holey{stored{data: data}, integrity.GapError{Off: int64(bounds[1]), Len: int64(bounds[2] - bounds[1]), Err: fault}})
+	body, _, _, err := m.Fetch(t.Context(), chunk+3, 4*chunk-3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	var got []byte
+	for _, want := range []integrity.GapError{{Off: chunk + 3, Len: chunk - 3, Err: fault}, {Off: 3 * chunk, Len: chunk, Err: integrity.ErrCorrupt}} {
+		p, err := io.ReadAll(body)
+		got = append(got, p...)
+		var gap *integrity.GapError
+		if !errors.As(err, &gap) || gap.Off != want.Off || gap.Len != want.Len || !errors.Is(err, want.Err) {
+			t.Errorf("after %d bytes: %v (%+v), want %+v", len(got), err, gap, want)
+		}
+	}
+	p, err := io.ReadAll(body)
+	if want := slices.Concat(image[2*chunk:3*chunk], image[4*chunk:]); err != nil || !bytes.Equal(append(got, p...), want) {
+		t.Errorf("%d bytes and %d, %v; want %d", len(got), len(p), err, len(want))
+	}
+}
+
+// holey is a Fetcher of bodies in which a frame is missing.
+type holey struct {
+	stored
+	gap integrity.GapError
+}
+
+func (h *holey) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	body, start, total, err := h.stored.Fetch(ctx, off, n)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	return &holeyBody{body, h, start}, start, total, nil
+}
+
+type holeyBody struct {
+	io.ReadCloser
+	h   *holey
+	pos int64
+}
+
+func (b *holeyBody) Read(p []byte) (int, error) {
+	gap := b.h.gap
+	if b.pos == gap.Off {
+		if _, err := io.CopyN(io.Discard, b.ReadCloser, gap.Len); err != nil {
+			return 0, err
+		}
+		b.pos += gap.Len
+		return 0, &gap
+	}
+	if b.pos < gap.Off {
+		p = p[:min(int64(len(p)), gap.Off-b.pos)]
+	}
+	n, err := b.ReadCloser.Read(p)
+	b.pos += int64(n)
+	return n, err
 }
 
 // TestBodyBreaksOff: what is before the break is right, and the rest is an error.

@@ -30,6 +30,21 @@ func (e *FormatError) Error() string {
 
 func (e *FormatError) Unwrap() error { return e.Err }
 
+// A GapError is an error of a body, and of some of its bytes only: those it does not give.
+// The body goes on behind them, for who knows that; who does not stops there, as at any
+// error.
+type GapError struct {
+	Off, Len int64 // of the bytes, counted as the body's are
+	Err      error
+}
+
+func (e *GapError) Error() string { return e.Err.Error() }
+
+func (e *GapError) Unwrap() error { return e.Err }
+
+// Gap says which bytes do not come.
+func (e *GapError) Gap() (off, n int64) { return e.Off, e.Len }
+
 // A MismatchError says that bytes are not those whose digest is known: they were
 // changed after it was made, where they lie or on their way. It may help to fetch them
 // again, from elsewhere; they must not be used.

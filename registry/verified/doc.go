@@ -14,10 +14,10 @@
 //	            │              ┘ anybody can read it
 //	            └ Stream ─────── a Fetcher, whose bodies are verified bytes only
 //
-// The hook is for a cache whose chunks are the index's own, or whole blocks of the tree:
-// there a chunk that cannot be had does not take its neighbours with it. The stream is
-// for all else: an index with chunks of many sizes, and one of compressed chunks, which
-// have to be verified before they are decompressed.
+// The hook is for a cache whose chunks are the index's own, or whole blocks of the tree.
+// The stream is for all else: an index with chunks of many sizes, and one of compressed
+// chunks, which have to be verified before they are decompressed. With either, a chunk that
+// cannot be had does not take its neighbours with it.
 //
 // Where a blob has both, the index is enough. Both are bound to the manifest by one
 // digest, and the index's covers the image and its tree; it is one hash for a chunk where
@@ -30,7 +30,10 @@
 // from elsewhere if what is below knows another place (see elsewhere): as often as there
 // are places, and at least once. Then it is an error, which wraps the
 // *integrity.MismatchError of the last try. What a hook finds wrong the cache has to ask
-// for again; the hook says by a Temporary error that it should.
+// for again; the hook says by a Temporary error that it should. So does the body of a
+// stream: in the place of a wrong chunk it has an error, of that chunk alone, and goes on
+// behind it. It fetches nothing by itself, since it has a connection, which may be the only
+// one.
 //
 // # The tree
 //

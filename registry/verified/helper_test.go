@@ -26,6 +26,7 @@ type servers struct {
 	// flip says whether the place gives a wrong byte at off the call-th time that it is
 	// asked for it.
 	flip func(place int, off int64, call int) bool
+	hold chan struct{} // every Fetch waits for it, if there is one
 
 	mu      sync.Mutex // guards what follows
 	current int
@@ -62,6 +63,9 @@ func (s *servers) Fetch(_ context.Context, off, n int64) (io.ReadCloser, int64, 
 	size := int64(len(s.good))
 	if off < 0 || n <= 0 || off > size || n > size-off {
 		return nil, 0, 0, fmt.Errorf("%d bytes at %d of %d", n, off, size)
+	}
+	if s.hold != nil {
+		<-s.hold
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -131,7 +131,10 @@ func (x *Index) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, st
 }
 
 // Stream is a Fetcher of the stored chunks, whose bodies have only bytes that were
-// verified: as they are in the blob, before they are decompressed.
+// verified: as they are in the blob, before they are decompressed. In the place of a chunk
+// that is wrong a body has an *integrity.GapError, and goes on behind it. A *WrongError is
+// in that, which says by being Temporary that the chunk should be asked for again: then it
+// is fetched from elsewhere.
 func (x *Index) Stream() *Stream { return &Stream{x} }
 
 // A Stream is a Fetcher of what the chunks of an index are stored in. It begins and ends
@@ -162,11 +165,11 @@ func (s *Stream) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, s
 	}
 	first, last := x.stored(off), x.stored(off+n-1)
 	from, to := x.Chunk(first).BlobOff, x.Chunk(last).BlobOff+x.Chunk(last).BlobLen
-	below, start, _, err := x.blob.Fetch(ctx, from, to-from)
+	below, start, _, err := x.suspects.Fetch(ctx, from, to-from)
 	if err != nil {
 		return nil, 0, 0, err
 	}
-	v := &verifying{ctx: ctx, index: x, body: below, next: first, end: last + 1, skip: off - from, left: n}
+	v := &verifying{index: x, body: below, next: first, end: last + 1, skip: off - from, left: n}
 	switch {
 	case start < 0 || start > from:
 		return nil, 0, 0, errors.Join(fmt.Errorf("%d bytes at %d: the body starts at %d", to-from, from, start), below.Close())
@@ -180,9 +183,9 @@ func (s *Stream) Fetch(ctx context.Context, off, n int64) (body io.ReadCloser, s
 	return v, off, total, nil
 }
 
-// A verifying is a body. It belongs to one goroutine.
+// A verifying is a body. It belongs to one goroutine. It fetches nothing: it has a
+// connection, and there may be no other one.
 type verifying struct {
-	ctx       context.Context
 	index     *Index
 	body      io.ReadCloser
 	pass      int64  // bytes of the body before the next chunk
@@ -199,7 +202,11 @@ func (v *verifying) Read(p []byte) (int, error) {
 		v.err = io.EOF
 	}
 	for v.err == nil && len(v.ready) == 0 {
-		v.err = v.chunk()
+		if gap, err := v.chunk(); gap != nil {
+			return 0, gap
+		} else if err != nil {
+			v.err = err
+		}
 	}
 	if v.err != nil {
 		return 0, v.err
@@ -210,13 +217,14 @@ func (v *verifying) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// chunk reads the next one, and verifies it.
-func (v *verifying) chunk() error {
+// chunk reads the next one, and verifies it. A gap is what is wanted of a wrong one; any
+// other error is the end.
+func (v *verifying) chunk() (gap, err error) {
 	x := v.index
 	c := x.Chunk(v.next)
 	if v.pass > 0 {
 		if _, err := io.CopyN(io.Discard, v.body, v.pass); err != nil {
-			return broken(err, c.BlobOff)
+			return nil, broken(err, c.BlobOff)
 		}
 		v.pass = 0
 	}
@@ -225,24 +233,24 @@ func (v *verifying) chunk() error {
 	}
 	p := v.buf[:c.BlobLen]
 	if n, err := io.ReadFull(v.body, p); err != nil {
-		return broken(err, c.BlobOff+int64(n))
+		return nil, broken(err, c.BlobOff+int64(n))
 	}
-	i := v.next
-	check := func() error { return x.ChunkIndex.Verify(i, p) }
-	if !x.Verifies() {
-		check = func() error { return nil }
+	if x.Verifies() {
+		err = x.judge(c.BlobOff, c.BlobLen, x.ChunkIndex.Verify(v.next, p))
 	}
-	if err := check(); isMismatch(err) {
-		if err := mend(v.ctx, x.blob, p, c.BlobOff, check, err); err != nil {
-			return err
-		}
-	} else if err != nil {
-		return err
+	if err != nil && !isMismatch(err) {
+		return nil, err
 	}
-	v.ready = p[v.skip:min(int64(len(p)), v.skip+v.left)]
+	wanted := p[v.skip:min(c.BlobLen, v.skip+v.left)]
+	if err != nil {
+		gap = &integrity.GapError{Off: c.BlobOff + v.skip, Len: int64(len(wanted)), Err: err}
+		v.left -= int64(len(wanted))
+	} else {
+		v.ready = wanted
+	}
 	v.next++
 	v.skip = 0
-	return nil
+	return gap, nil
 }
 
 func (v *verifying) Close() error {

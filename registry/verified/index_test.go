@@ -11,6 +11,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/erofs-oci/erofs-oci/registry/blobcache"
 	"github.com/erofs-oci/erofs-oci/registry/integrity"
 	"github.com/erofs-oci/erofs-oci/registry/verified"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
@@ -277,37 +278,6 @@ func TestStream(t *testing.T) {
 	}
 }
 
-// TestStreamOfWrongBytes: a chunk that is wrong is fetched again, alone; if it stays wrong,
-// what is before it is given, and nothing of it.
-func TestStreamOfWrongBytes(t *testing.T) {
-	b := verifiable.Make(t, random(5*chunk+100), verifiable.Options{Chunk: chunk})
-	for _, c := range []struct {
-		name  string
-		flip  func(int, int64, int) bool
-		given int
-		asked []request
-	}{
-		{"once", once(2*chunk + 5), 4 * chunk, []request{{0, 0, 4 * chunk}, {0, 2 * chunk, chunk}}},
-		{"always", at(2*chunk + 5), 2 * chunk, []request{{0, 0, 4 * chunk}, {0, 2 * chunk, chunk}}},
-	} {
-		s := serve(b.Data, nil)
-		x := openIndex(t, s, place(b))
-		s.taken()
-		s.flip = c.flip
-		got, err := get(t, x.Stream(), 0, 4*chunk)
-		var m *integrity.MismatchError
-		if fails := c.given < 4*chunk; fails != errors.As(err, &m) || !fails && err != nil {
-			t.Errorf("%s: %v", c.name, err)
-		}
-		if !bytes.Equal(got, b.Plain[:c.given]) {
-			t.Errorf("%s: %d bytes, want %d", c.name, len(got), c.given)
-		}
-		if asked := s.taken(); !slices.Equal(asked, c.asked) {
-			t.Errorf("%s: fetched %v, want %v", c.name, asked, c.asked)
-		}
-	}
-}
-
 // TestUnchecked: with nothing to be verified an index still finds chunks.
 func TestUnchecked(t *testing.T) {
 	b := verifiable.Make(t, random(2*chunk), verifiable.Options{Chunk: chunk, Zstd: true})
@@ -322,5 +292,58 @@ func TestUnchecked(t *testing.T) {
 	want[3] ^= 0x10
 	if got, err := get(t, x.Stream(), 0, 10); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("%x, %v", got, err)
+	}
+}
+
+// TestManyPlaces: a chunk is fetched from as many places as there are, by the index, the tree and the stream; and once
+// more from the first, which may be right now. Then it is an error.
+func TestManyPlaces(t *testing.T) {
+	const off = 2*chunk + 5
+	plain := verifiable.Make(t, random(5*chunk), verifiable.Options{Chunk: chunk, Verity: true})
+	frames := verifiable.Make(t, random(5*chunk), verifiable.Options{Chunk: chunk, Zstd: true})
+	for name, how := range map[string]struct {
+		data []byte
+		at   int64
+		open func(t *testing.T, s *servers) *blobcache.Blob
+	}{
+		"index": {plain.Data, off, func(t *testing.T, s *servers) *blobcache.Blob {
+			x := openIndex(t, s, place(plain))
+			return cached(t, x, blobcache.OpenOptions{Verify: x.Verify, ChunkSize: chunk}, int64(len(plain.Data)))
+		}},
+		"tree": {plain.Data, off, func(t *testing.T, s *servers) *blobcache.Blob {
+			tree, err := verified.OpenTree(t.Context(), s, root(t, plain))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return cached(t, tree, blobcache.OpenOptions{Verify: tree.Verify, ChunkSize: chunk}, int64(len(plain.Data)))
+		}},
+		"stream": {frames.Data, int64(frames.Frames[2]) + 5, func(t *testing.T, s *servers) *blobcache.Blob {
+			return cachedFrames(t, openIndex(t, s, place(frames)))
+		}},
+	} {
+		for _, bad := range []int{1, 4, 9} {
+			for _, last := range []bool{true, false} { // is right
+				for what, read := range map[string]func(*blobcache.Blob) error{
+					"read":     func(b *blobcache.Blob) error { return b.ReadAt(t.Context(), make([]byte, chunk), 2*chunk) },
+					"prefetch": func(b *blobcache.Blob) error { return b.Prefetch(t.Context(), 2*chunk, chunk) },
+				} {
+					s := serve(how.data, nil)
+					b := how.open(t, s)
+					s.taken()
+					s.places = bad
+					want := bad + 1
+					if last {
+						s.places++
+					}
+					s.flip = func(p int, o int64, _ int) bool { return p < bad && o == how.at }
+					if err := read(b); (err == nil) != last || err != nil && !isMismatch(err) {
+						t.Errorf("%s, %s, %d wrong places, one that is right: %v: %v", name, what, bad, last, err)
+					}
+					if asked := s.taken(); len(asked) != want {
+						t.Errorf("%s, %s, %d wrong places, one that is right: %v: %d requests, want %d", name, what, bad, last, len(asked), want)
+					}
+				}
+			}
+		}
 	}
 }
