@@ -194,6 +194,7 @@ func judgement(err error) ruling {
 func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err error) {
 	s := b.store
 	first, end := s.span(off, len(p))
+	drops := s.drops.Load()
 	wanted, behind, err := b.want(first, end)
 	if err != nil {
 		return 0, err
@@ -231,6 +232,9 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 			}
 			s.spoil(chunk, chunk+1, err)
 			return n, errAbandoned
+		}
+		if data == nil && s.drops.Load() != drops {
+			return n, errAbandoned // it may have been of a page that was dropped, and that the disk does not have
 		}
 		n += len(part)
 		wanted[i] = nil // with its data, if the disk could not keep it

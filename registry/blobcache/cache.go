@@ -169,6 +169,8 @@ type Cache struct {
 	wrap    func(f chunkFile, l layout) chunkFile // gives f; or what a test puts in its place
 	space   *space
 	clock   atomic.Int64 // the time, in microseconds, when somebody last looked
+	took    atomic.Int64 // the time, in microseconds, when a chunk was last written, or believed
+	rest    atomic.Int64 // until when, in microseconds, nothing is written: see rests
 	keeping sync.WaitGroup
 
 	ctx     context.Context
@@ -219,12 +221,14 @@ func New(dir string, o Options) (*Cache, error) {
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.tick()
+	c.took.Store(c.clock.Load())
 	if c.space, err = newSpace(c); err != nil {
 		c.cancel()
 		return nil, errors.Join(fmt.Errorf("blob cache: %w", err), root.Close())
 	}
 	c.outside = &outside{file: c.space.file}
 	c.keeping.Go(c.keepHouse)
+	c.keeping.Go(c.watchDisk)
 	return c, nil
 }
 

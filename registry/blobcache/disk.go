@@ -11,13 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A chunkFile is where chunks are kept. Tests put failing disks in its place.
+// A chunkFile is where chunks are kept: a file, as far as they need one. Tests put failing disks in its place.
 type chunkFile interface {
 	io.ReaderAt
 	io.WriterAt
 	io.Closer
 	// Punch makes a hole. Whether it gives the space back is the file system's affair.
 	Punch(off, n int64) error
+	// Lost says why something that was written did not get to the disk. It is told once, and nothing is waited for;
+	// behind is where there is no page of the file.
+	Lost(behind int64) error
+	// Drop has what is read after it come from the disk.
+	Drop() error
 }
 
 // An osFile is a chunkFile of the operating system's.

@@ -100,6 +100,10 @@
 // first use, once for each lease. A chunk that differs is fetched again; where Verify could not tell, it stays. A bit that flips on disk later, while the
 // lease lasts, is noticed with Options.Paranoid only.
 //
+// A write that the kernel could not bring to the disk says nothing to who made it, or reads there. So the kernel is asked
+// each second, and where it failed, nothing of the file is believed that was not read from the disk since: see
+// writeback.go.
+//
 // # Limits
 //
 // Before a chunk is written, its bytes are taken from what Options.MaxBytes and MinFree allow; where there are none

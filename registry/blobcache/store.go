@@ -28,6 +28,8 @@ type store struct {
 	// there, for their region is leased. Bits go up and down under mu and are read without it.
 	present    bitmap
 	generation atomic.Uint64  // goes up when bits of present go down
+	drops      atomic.Uint64  // goes up before pages are dropped, see distrust
+	suspected  bool           // the disk lost something when it was last looked at; of watchDisk
 	used       []atomic.Int64 // when each region was last read, by the cache's clock
 	buffers    sync.Pool      // *[]byte of chunkSize; a flight that receives holds one
 	heard      atomic.Int64   // when the last byte came from the network
@@ -61,6 +63,7 @@ type store struct {
 	holds    []*hold            // see HoldReadahead
 	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
 	blobs    map[*Blob]struct{} // those that are open
+	dropping bool               // pages are being dropped, see distrust
 	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
 }
 
@@ -74,6 +77,7 @@ type pending struct {
 	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
 	// is neither looked at again nor overwritten, and what is fetched goes to those who wait and nowhere else.
 	disputed bool
+	doubtful bool // pages were dropped while it was in flight, see doubt
 	err      error
 	data     []byte // the chunk, where the disk could not keep it
 	unkept   error  // why it could not
@@ -134,7 +138,7 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 	}
 	s.buffers.New = func() any { b := make([]byte, cs); return &b }
 	s.guesser = newGuesser(chunks, max(c.options.Readahead, 0)/cs, s.wasRead)
-	if err := s.look(); err != nil {
+	if err := errors.Join(d.forget(), s.look()); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
 	return s, nil
@@ -356,6 +360,15 @@ func (m bitmap) has(i int64) bool { return m[i/64].Load()>>(i%64)&1 != 0 }
 func (m bitmap) set(i int64) { m[i/64].Or(1 << (i % 64)) }
 
 func (m bitmap) clear(i int64) { m[i/64].And(^(1 << (i % 64))) }
+
+// reset clears all bits.
+func (m bitmap) reset() {
+	for i := range m {
+		if m[i].Load() != 0 {
+			m[i].Store(0)
+		}
+	}
+}
 
 // any says whether a bit of [first, end) is set.
 func (m bitmap) any(first, end int64) bool {
