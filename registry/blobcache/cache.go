@@ -65,9 +65,13 @@ const (
 	minChunkSize      = 4 << 10
 	maxChunkSize      = 16 << 20
 	maxLoads          = 16
-	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
-	// chunks, 8 MiB at the usual ones. It is also what one ext4 file can hold.
+	// maxBlobSize is what one ext4 file can hold.
 	maxBlobSize = 16 << 40
+	// maxChunks and maxOpenChunks bound what hostile descriptors can make us allocate, for one blob and for all that are
+	// open: a few bits for each chunk, read or not. They are 16 and 32 TiB at the usual chunks, and 256 and 512 GiB at the
+	// smallest ones; 32 and 64 MiB of memory, of which what is not read is not touched.
+	maxChunks     = 1 << 26
+	maxOpenChunks = 2 * maxChunks
 )
 
 func (o Options) withDefaults() (Options, error) {
@@ -111,6 +115,20 @@ func (o Options) withDefaults() (Options, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	return o, nil
+}
+
+// checkSize refuses a blob that is too large to be kept in chunks of a unit.
+func checkSize(size, unit int64) error {
+	if err := checkUnit(unit); err != nil {
+		return err
+	}
+	if size < 0 || size > maxBlobSize {
+		return fmt.Errorf("size %d is outside 0 to %d", size, int64(maxBlobSize))
+	}
+	if n := ceil(size, unit); n > maxChunks {
+		return fmt.Errorf("%d bytes in chunks of %d are %d chunks, and a blob may have %d at most", size, unit, n, maxChunks)
+	}
+	return nil
 }
 
 func checkUnit(n int64) error {
@@ -187,6 +205,7 @@ type Cache struct {
 
 	mu     sync.Mutex // guards what follows, and store.refs
 	stores map[storeKey]*store
+	chunks int64       // of the blobs that are open, see maxOpenChunks
 	past   storeCounts // of the stores that are gone
 	// orphans are open, and their files were purged or removed: nobody who opens a blob gets one of them any more.
 	orphans map[*store]struct{}
@@ -238,13 +257,10 @@ func (c *Cache) Open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	if err := checkDigest(digest); err != nil {
 		return nil, fmt.Errorf("open blob: %w", err)
 	}
-	if size < 0 || size > maxBlobSize {
-		return nil, fmt.Errorf("open blob %s: size %d is outside 0 to %d", digest, size, int64(maxBlobSize))
-	}
 	if o.ChunkSize == 0 {
 		o.ChunkSize = c.options.ChunkSize
 	}
-	if err := checkUnit(o.ChunkSize); err != nil {
+	if err := checkSize(size, o.ChunkSize); err != nil {
 		return nil, fmt.Errorf("open blob %s: %w", digest, err)
 	}
 	var b *Blob
@@ -275,10 +291,15 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 		s = nil
 	}
 	if s == nil {
+		n := ceil(size, o.ChunkSize)
+		if n > maxOpenChunks-c.chunks {
+			return nil, fmt.Errorf("%d bytes in chunks of %d are %d chunks; the blobs that are open have %d, and may have %d at most", size, o.ChunkSize, n, c.chunks, maxOpenChunks)
+		}
 		var err error
 		if s, err = newStore(c, key, size); err != nil {
 			return nil, err
 		}
+		c.chunks += n
 		c.stores[key] = s
 		s.beneath = o.Beneath
 	}
@@ -362,6 +383,7 @@ func (c *Cache) release(s *store) error {
 		return nil
 	}
 	c.past.add(s)
+	c.chunks -= s.chunks
 	delete(c.orphans, s)
 	if c.stores[s.key] == s {
 		delete(c.stores, s.key)
