@@ -32,24 +32,36 @@ func (s *store) lastUse() func(region int64) int64 {
 	return s.used.at
 }
 
-// stay keeps what is here from other processes, and counts it as used until somebody looks again, so that it is newer
-// than what is read meanwhile. What another process is evicting just now it may have. The caller holds s.mu.
-func (s *store) stay() (err error) {
-	s.touch(s.cache.clock.Load() + houseEvery.Microseconds())
+// keeps says that nothing of the blob is let go of as long as it is open. The caller holds s.mu.
+func (s *store) keeps() bool {
+	for b := range s.blobs {
+		if b.keep {
+			return true
+		}
+	}
+	return false
+}
+
+// leaseAll keeps what is here from other processes. What one of them is evicting just now it may have. The caller holds
+// s.mu.
+func (s *store) leaseAll() (err error) {
 	for r := range s.knownRegions {
 		err = errors.Join(err, ignore(s.lease(r), errLocked))
 	}
 	return err
 }
 
-// remain has what is here stay for some time more, if it is to.
+// remain has what is here stay for some time more, if it is to. What others are verified by counts as used until somebody
+// looks again, so that it is newer than what is read meanwhile. The caller holds s.mu.
 func (s *store) remain() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.stays() {
+	stays := s.stays()
+	if stays {
+		s.touch(s.cache.clock.Load() + houseEvery.Microseconds())
+	}
+	if !stays && !s.keeps() {
 		return nil
 	}
-	return s.stay()
+	return s.leaseAll()
 }
 
 // touch says when all that is here was used.

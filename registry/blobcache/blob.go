@@ -18,9 +18,10 @@ var errAbandoned = errors.New("its fetch was given up")
 type Blob struct {
 	store       *store
 	fetcher     Fetcher
-	vouched     bool // see OpenOptions, as are the next two
+	vouched     bool // see OpenOptions, as are the next three
 	noReadahead bool
 	beneath     bool
+	keep        bool
 	verify      func(ctx context.Context, p []byte, off int64) error // may be nil
 	onComplete  func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two
 	completed   bool                                                 // it was called

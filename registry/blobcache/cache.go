@@ -163,6 +163,9 @@ type OpenOptions struct {
 	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
 	// slot, so its own flights have others. They have no Label. What is here of it counts as used as long as it is open.
 	Beneath bool
+	// Keep has what is here of the blob when it is opened, and what is read of it, stay for as long as it is open, whether
+	// anybody reads it or not: other processes do not evict it, nor prune it. It is for who could not fetch it again.
+	Keep bool
 	// NoReadahead has nothing fetched ahead of those who read through this Blob.
 	NoReadahead bool
 }
@@ -305,18 +308,15 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	}
 	s.beneath = s.beneath && o.Beneath
 	s.refs++
-	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath, keep: o.Keep}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.blobs[b] = struct{}{}
 	s.completed()
-	if !b.beneath {
-		return b, nil
-	}
-	if err := s.stay(); err != nil {
-		c.options.Logger.Warn("what layers are verified by cannot be kept from other processes", "blob", s.digest, "err", err)
+	if err := s.remain(); err != nil {
+		c.options.Logger.Warn("what is to stay in the cache cannot be kept from other processes", "blob", s.digest, "err", err)
 	}
 	return b, nil
 }

@@ -82,7 +82,7 @@
 //
 // So the bitmap of present chunks, which is in memory, can be believed without asking anybody: it has bits only for
 // leased regions, where no other process punches. Leases of what was not read for 20 s are given up where there are
-// other processes. This process itself, when it evicts, clears the bits first, counts a generation up, and then makes
+// other processes, but for OpenOptions.Beneath and Keep. This process itself, when it evicts, clears the bits first, counts a generation up, and then makes
 // the hole; a reader of present chunks compares the generation before its look at the bitmap with that after its
 // pread, and begins anew where they differ. That costs two loads. A lock around each pread, or a generation in the
 // file, would be system calls: see BenchmarkGuard. A region that somebody waits for, or that something is in flight

@@ -43,10 +43,13 @@ func (c *Cache) keepHouse() {
 // keepHouse writes down when regions were used and, where there are other processes, lets go of those that were not
 // used lately. Whether others have completed the blob it looks in any case: they may have come and gone meanwhile.
 func (s *store) keepHouse(shared bool) error {
+	s.mu.Lock()
 	err := s.remain()
+	s.mu.Unlock()
 	err = errors.Join(err, s.storeUses())
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	shared = shared && !s.keeps()
 	before := s.cache.clock.Load() - idle.Microseconds()
 	for r := range s.leased.ones(0, s.disk.regions) {
 		if shared && s.used.at(r) < before {
