@@ -195,7 +195,7 @@ func judgement(err error) ruling {
 func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err error) {
 	s := b.store
 	first, end := s.span(off, len(p))
-	drops := s.drops.Load()
+	doubts := s.doubts.Load()
 	wanted, behind, err := b.want(first, end)
 	if err != nil {
 		return 0, err
@@ -234,8 +234,8 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 			s.spoil(chunk, chunk+1, err)
 			return n, errAbandoned
 		}
-		if data == nil && s.drops.Load() != drops {
-			return n, errAbandoned // it may have been of a page that was dropped, and that the disk does not have
+		if data == nil && s.doubts.Load() != doubts {
+			return n, errAbandoned // it may be what the disk has in place of a page that it did not keep
 		}
 		n += len(part)
 		wanted[i] = nil // with its data, if the disk could not keep it

@@ -77,6 +77,7 @@
 //	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
 //	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for
 //	blob       shared by who has it open; whoever gets it exclusively may remove the file, or make it anew
+//	doubt      shared by who was told that the disk lost something of the blob; others believe nothing of it either
 //	chunk      exclusive: its fetch. Others wait, look again and again, and take over when the lock is free
 //	region     shared, 4 MiB: its lease. Who has it may read chunks there; who gets it exclusively may punch a hole
 //

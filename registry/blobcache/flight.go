@@ -478,7 +478,7 @@ func (f *flight) pin(chunk int64, pend *pending) bool {
 // caller holds s.mu.
 func (f *flight) deliver(chunk int64, pend *pending, data []byte, onDisk, passed bool) {
 	s := f.blob.store
-	onDisk = onDisk && !s.doubt(chunk, pend, data)
+	onDisk = onDisk && !s.isDoubtful(chunk, pend, data)
 	s.takeIn(chunk, data, passed, onDisk)
 	if onDisk {
 		s.present.set(chunk)

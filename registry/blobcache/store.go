@@ -28,11 +28,14 @@ type store struct {
 	// there, for their region is leased. Bits go up and down under mu and are read without it.
 	present    bitmap
 	generation atomic.Uint64 // goes up when bits of present go down
-	drops      atomic.Uint64 // goes up before pages are dropped, see distrust
-	suspected  bool          // the disk lost something when it was last looked at; of watchDisk
+	doubts     atomic.Uint64 // goes up when all bits of present go down, for what is in memory may not be on the disk
 	used       useTable      // when each region was last read
 	buffers    sync.Pool     // *[]byte of chunkSize; a flight that receives holds one
 	heard      atomic.Int64  // when the last byte came from the network
+
+	// What watchDisk has to do yet after the disk lost something.
+	dropsLeft int       // how often pages are to be dropped
+	dropAt    time.Time // when that begins
 
 	mu sync.Mutex // guards what follows, Blob.onComplete, pending.flight, pending.disputed, flight.receiving, Blob.closed going up, and bits going up
 	// inflight has every chunk that somebody is to bring; it is never present at the same time.
@@ -64,7 +67,7 @@ type store struct {
 	holds    []*hold            // see HoldReadahead
 	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
 	blobs    map[*Blob]struct{} // those that are open
-	dropping bool               // pages are being dropped, see distrust
+	doubting bool               // nothing is present, see doubt
 	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
 }
 
@@ -78,7 +81,7 @@ type pending struct {
 	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
 	// is neither looked at again nor overwritten, and what is fetched goes to those who wait and nowhere else.
 	disputed bool
-	doubtful bool // pages were dropped while it was in flight, see doubt
+	doubtful bool // it was in flight when doubts ended, see trust
 	err      error
 	data     []byte // the chunk, where the disk could not keep it
 	unkept   error  // why it could not
@@ -139,9 +142,10 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 	}
 	s.buffers.New = func() any { b := make([]byte, cs); return &b }
 	s.guesser = newGuesser(chunks, max(c.options.Readahead, 0)/cs, s.wasRead)
-	if err := errors.Join(d.forget(), s.look()); err != nil {
+	if err := s.look(); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
+	_ = s.checkDisk() // watchDisk says what is wrong with that
 	return s, nil
 }
 

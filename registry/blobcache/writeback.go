@@ -15,9 +15,16 @@ import (
 // before, when the kernel has used its memory for something else. Only who asks is told, once for each open file, and
 // not of what. So somebody asks: see lost.
 //
-// What such a file has in memory proves nothing, not even where a checksum is right. So it is dropped, bits and pages,
-// and all is read from the disk, checked and verified before its next use. A page that somebody reads just then cannot
-// be dropped: so that is done once more at the next look.
+// What such a file has in memory proves nothing, not even where a checksum is right. So it is dropped, and all is read from
+// the disk, checked and verified before its next use:
+//
+//	the kernel says it ──► doubt: no chunk is present. What is read is checked, and goes to who waits for it as a copy
+//	  10 s later ────────► the pages are dropped: by now all processes have asked, and none reads what is no page any more
+//	  at the next look ──► once more, for a page that somebody just reads cannot be dropped
+//	                       and the doubt ends
+//
+// Who opens the file meanwhile is told nothing by the kernel, which has told somebody. So who doubts holds a lock, and
+// others doubt as long as somebody holds it.
 
 const (
 	// lookEvery is how often the kernel is asked, as long as there is something that it may not have written.
@@ -25,6 +32,10 @@ const (
 	// dirtyFor is for how long that is: what is dirty is written after 30 s, unless somebody has told the kernel
 	// otherwise. After that it is asked as often as the house is kept.
 	dirtyFor = time.Minute
+	// noticeFor is how long it takes all processes to have asked, and as long again.
+	noticeFor = 2 * houseEvery
+	// dropTimes is how often pages are dropped.
+	dropTimes = 2
 	// restFor is for how long nothing is written to a disk that did not keep what it was given.
 	restFor = time.Minute
 )
@@ -79,65 +90,73 @@ func (c *Cache) nextLook() time.Duration {
 // rests says whether nothing is to be written since the disk would not keep it.
 func (c *Cache) rests() bool { return time.Now().UnixMicro() < c.rest.Load() }
 
-// checkDisk believes nothing any more of a file of which the disk did not keep something. Only watchDisk calls it.
+// checkDisk believes nothing any more of a file of which the disk did not keep something, until it was dropped. Only
+// newStore and, after that, watchDisk call it.
 func (s *store) checkDisk() error {
 	why, err := s.disk.lost()
 	if err != nil {
 		return err
 	}
-	if why == nil && !s.suspected {
-		return nil
-	}
-	s.suspected = why != nil
+	others, err := othersHold(s.disk.handle, lockDoubt, 1)
 	if why != nil {
 		s.cache.rest.Store(time.Now().Add(restFor).UnixMicro())
-	}
-	err = s.distrust()
-	if why != nil {
+		s.dropsLeft, s.dropAt = dropTimes, time.Now().Add(noticeFor)
+		err = errors.Join(err, lock(s.disk.handle, unix.F_RDLCK, lockDoubt))
 		s.cache.options.Logger.Warn("the disk did not keep what the cache wrote; all of it is checked again and, where it is wrong, fetched again; nothing is written for a minute", "blob", s.digest, "err", why)
 	}
-	return err
-}
-
-// forget drops what the kernel has of a file that was just opened, if that may not be on the disk.
-func (d *disk) forget() error {
-	if why, _ := d.lost(); why == nil { // where it cannot be known, watchDisk says so
-		return nil
+	if why != nil || others > 0 {
+		s.doubt()
 	}
-	return d.file.Drop()
-}
-
-// distrust makes all chunks absent, for as long as they are only known to be in memory. What flights read or write
-// meanwhile goes to those who wait for it, and is not present either.
-func (s *store) distrust() error {
-	s.mu.Lock()
-	s.dropping = true
-	s.present.reset()
-	s.passed.reset()
-	s.fresh.reset()
-	s.generation.Add(1) // before the pages go, as are the next
-	s.drops.Add(1)
-	s.mu.Unlock()
-	err := s.disk.file.Drop()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.dropping = false
-	for _, pend := range s.inflight {
-		pend.doubtful = true
+	if s.dropsLeft > 0 && !time.Now().Before(s.dropAt) {
+		err = errors.Join(err, s.disk.file.Drop())
+		if s.dropsLeft--; s.dropsLeft == 0 {
+			err = errors.Join(err, lock(s.disk.handle, unix.F_UNLCK, lockDoubt))
+		}
+	}
+	if s.dropsLeft == 0 && others == 0 {
+		s.trust()
 	}
 	if err != nil {
-		return fmt.Errorf("drop what is in memory of %s: %w", s.disk.handle.Name(), err)
+		return fmt.Errorf("doubt %s: %w", s.disk.handle.Name(), err)
 	}
 	return nil
 }
 
-// doubt has a chunk that was written or read while pages were dropped go to who waits for it, and nowhere else: what of
-// it was in memory then may not be on the disk. The caller holds s.mu.
-func (s *store) doubt(chunk int64, pend *pending, data []byte) bool {
-	if !s.dropping && !pend.doubtful {
+// doubt has no chunk present from now on.
+func (s *store) doubt() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.doubting {
+		return
+	}
+	s.doubting = true
+	s.present.reset()
+	s.passed.reset()
+	s.fresh.reset()
+	s.generation.Add(1)
+	s.doubts.Add(1)
+}
+
+// trust ends the doubt. What is in flight may have been read, or written, before pages were dropped.
+func (s *store) trust() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.doubting {
+		return
+	}
+	s.doubting = false
+	for _, pend := range s.inflight {
+		pend.doubtful = true
+	}
+}
+
+// isDoubtful says whether a chunk that was written or read is not to be present, since what of it was in memory then may
+// not be on the disk. It goes to who waits for it. The caller holds s.mu.
+func (s *store) isDoubtful(chunk int64, pend *pending, data []byte) bool {
+	if !s.doubting && !pend.doubtful {
 		return false
 	}
-	pend.data, pend.unkept = bytes.Clone(data), errAbandoned
+	pend.data, pend.unkept = bytes.Clone(data), fmt.Errorf("%w: %w", ErrNoRoom, errNotKept)
 	s.fresh.clear(chunk)
 	return true
 }

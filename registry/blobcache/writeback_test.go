@@ -23,10 +23,11 @@ import (
 type lossyDisk struct {
 	mu       sync.Mutex // guards what follows
 	why      error
-	lost     []int64 // chunks
-	drops    int     // of pages
-	dropping func()  // is called when pages are dropped, before any is gone
-	wrote    func()  // is called when a chunk and its entry are in memory
+	lost     []int64   // chunks
+	drops    int       // of pages
+	first    time.Time // of them
+	dropping func()    // is called when pages are dropped, before any is gone
+	wrote    func()    // is called when a chunk and its entry are in memory
 }
 
 type lossyFile struct {
@@ -61,7 +62,9 @@ func (f lossyFile) Drop() error {
 	}
 	f.disk.mu.Lock()
 	defer f.disk.mu.Unlock()
-	f.disk.drops++
+	if f.disk.drops++; f.disk.drops == 1 {
+		f.disk.first = time.Now()
+	}
 	for _, chunk := range f.disk.lost {
 		if _, err := f.chunkFile.WriteAt(make([]byte, f.layout.unit), f.layout.base+chunk*f.layout.unit); err != nil {
 			return err
@@ -112,22 +115,25 @@ func lostWrites(t *testing.T, why error) {
 		t.Errorf("pages were dropped %d times, and nothing was lost", disk.dropped())
 	}
 	disk.loses(why, 2, 3, 4)
-	time.Sleep(2*lookEvery + time.Millisecond)
-	if there := residents(t, b, s); len(there) > 0 {
-		t.Errorf("chunks %v are present", there)
+	began := time.Now()
+	time.Sleep(2 * lookEvery)
+	readAll() // from memory, and checked
+	if there := residents(t, b, s); len(there) > 0 || len(s.asked()) != 1 {
+		t.Errorf("chunks %v are present; asked for %v", there, s.asked())
 	}
 	if passed, end := b.Passed(0); passed || end != 8*cs {
 		t.Errorf("to %d all has passed: %v", end, passed)
 	}
-	if log.lines("did not keep") != 1 || disk.dropped() != 2 {
-		t.Errorf("it was said %d times, want once; pages were dropped %d times, want 2: %s", log.lines("did not keep"), disk.dropped(), log.text.String())
+	time.Sleep(noticeFor + 2*lookEvery)
+	if n := log.lines("did not keep"); n != 1 || disk.dropped() != 2 || disk.first.Before(began.Add(noticeFor)) {
+		t.Errorf("it was said %d times, want once; pages were dropped %d times, want 2, the first time after %v: %s", n, disk.dropped(), disk.first.Sub(began), log.text.String())
 	}
 	readAll()
 	mustHave(t, b, s, []int64{0, 1, 5, 6, 7})
 	if want := []request{{0, 8 * cs}, {2 * cs, 3 * cs}}; !slices.Equal(s.asked(), want) {
 		t.Errorf("asked for %v, want %v", s.asked(), want)
 	}
-	if want := []int64{0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7}; !slices.Equal(j.sorted(), want) {
+	if want := []int64{0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7}; !slices.Equal(j.sorted(), want) {
 		t.Errorf("verified %v, want %v", j.sorted(), want)
 	}
 	disk.loses(nil)
@@ -142,23 +148,40 @@ func lostWrites(t *testing.T, why error) {
 	}
 }
 
-// TestLostBeforeOpen: what earlier mounts wrote may have been lost with nobody asking; then only the disk is believed.
+// TestLostBeforeOpen: what earlier mounts wrote may have been lost with nobody asking; then only the disk is believed, by
+// those, too, who open the blob before it is.
 func TestLostBeforeOpen(t *testing.T) {
-	dir := t.TempDir()
-	o := Options{ChunkSize: cs, Readahead: -1}
-	s := newServer(4 * cs)
-	fillCache(t, dir, o, s)
-	var disk lossyDisk
-	disk.loses(unix.EIO, 1)
-	c := openCacheAt(t, dir, o)
-	disk.put(c)
-	b := openBlob(t, c, s)
-	if err := readNow(ctx, b, s, 0, 4*cs); err != nil {
-		t.Fatal(err)
-	}
-	if got := s.asked()[1:]; disk.dropped() != 1 || !slices.Equal(got, []request{{cs, cs}}) {
-		t.Errorf("pages were dropped %d times, want once; asked for %v", disk.dropped(), got)
-	}
+	stage(t, func(t *testing.T) {
+		dir := t.TempDir()
+		o := Options{ChunkSize: cs, Readahead: -1}
+		s := newServer(4 * cs)
+		fillCache(t, dir, o, s)
+		var disk, quiet lossyDisk
+		disk.loses(unix.EIO, 1)
+		var blobs []*Blob
+		for _, d := range []*lossyDisk{&disk, &quiet} {
+			c := openCacheAt(t, dir, o)
+			d.put(c)
+			blobs = append(blobs, openBlob(t, c, s))
+		}
+		for round, want := range [][]int64{{}, {0, 2, 3}} {
+			for i, b := range blobs {
+				if err := readNow(ctx, b, s, 0, 4*cs); err != nil {
+					t.Fatal(err)
+				}
+				if got := residents(t, b, s); i == 0 && !slices.Equal(got, want) || i == 1 && round == 0 && len(got) > 0 {
+					t.Errorf("round %d, blob %d: chunks %v are present", round, i, got)
+				}
+			}
+			time.Sleep(noticeFor + 2*houseEvery)
+		}
+		if got := residents(t, blobs[1], s); disk.dropped() != 2 || quiet.dropped() != 0 || !slices.Equal(got, chunks(0, 4)) {
+			t.Errorf("pages were dropped %d and %d times, want 2 and none; present are %v to who was not told", disk.dropped(), quiet.dropped(), got)
+		}
+		if got, want := s.asked()[1:], []request{{cs, cs}, {cs, cs}}; !slices.Equal(got, want) {
+			t.Errorf("asked for %v, want %v: once without being kept, and once more by who was not told to rest", got, want)
+		}
+	})
 }
 
 // An ambush has pages dropped, all of which were lost, at a moment of a test's choice.
@@ -171,8 +194,15 @@ type ambush struct {
 
 func (a *ambush) passes(where string) {
 	if at := a.at.Load(); at != nil && *at == where && a.at.CompareAndSwap(at, nil) {
-		_ = a.blob.store.distrust() // a lossyFile's error is its writes', of which the reads after it tell
+		a.lose()
 	}
+}
+
+func (a *ambush) lose() {
+	s := a.blob.store
+	s.doubt()
+	_ = s.disk.file.Drop() // a lossyFile's error is that of a write, of which the test's reads tell
+	s.trust()
 }
 
 func (a *ambush) verify(ctx context.Context, p []byte, off int64) error {
@@ -236,9 +266,7 @@ func TestLostUnderAReader(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				if err := a.blob.store.distrust(); err != nil {
-					t.Error(err)
-				}
+				a.lose()
 			default:
 				if err := readNow(ctx, a.blob, s, test.off*cs, test.n*cs); err != nil {
 					t.Error(err)
@@ -269,34 +297,27 @@ func (c *cry) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestThinDisk has the kernel write back to a device that has no room, and then need its memory for something else.
+// TestThinDisk has the kernel write back to a device that has no room, and then need its memory for something else. Two
+// have read it all by then, of which one has fetched it.
 func TestThinDisk(t *testing.T) {
-	const size, piece = 24 << 20, 1 << 20
+	const size = 24 << 20
 	dir := thin.Disk(t, 64<<20, 8<<20)
-	said := &cry{text: "did not keep", heard: make(chan struct{})}
-	log := slog.New(slog.NewTextHandler(said, nil))
-	c := openCacheAt(t, filepath.Join(dir, "cache"), Options{MaxBytes: -1, MinFree: -1, Readahead: -1, Logger: log})
-	p := &pattern{size: size}
-	b, err := c.Open(testDigest, size, p, OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	readAll := func() (wrong int) {
-		got, want := make([]byte, piece), make([]byte, piece)
-		for off := int64(0); off < size; off += piece {
-			if err := b.ReadAt(ctx, got, off); err != nil {
-				t.Error(err)
-			}
-			if fill(want, off); !bytes.Equal(got, want) {
-				wrong++
-			}
+	var mounts [2]thinMount
+	for i := range mounts {
+		m := &mounts[i]
+		m.said = &cry{text: "did not keep", heard: make(chan struct{})}
+		log := slog.New(slog.NewTextHandler(m.said, nil))
+		c := openCacheAt(t, filepath.Join(dir, "cache"), Options{MaxBytes: -1, MinFree: -1, Readahead: -1, Logger: log})
+		m.server = &pattern{size: size}
+		var err error
+		if m.blob, err = c.Open(testDigest, size, m.server, OpenOptions{}); err != nil {
+			t.Fatal(err)
 		}
-		return wrong
+		if wrong := m.read(t); wrong > 0 || m.server.fetched.Load() != int64(1-i)*size {
+			t.Fatalf("%d pieces are wrong from the start, %d bytes were fetched", wrong, m.server.fetched.Load())
+		}
 	}
-	if wrong := readAll(); wrong > 0 {
-		t.Fatalf("%d pieces were wrong from the start", wrong)
-	}
-	file, err := os.Open(b.store.disk.handle.Name()) // whose error is not that of the cache's
+	file, err := os.Open(mounts[0].blob.store.disk.handle.Name()) // whose error is not that of the cache's
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -304,18 +325,47 @@ func TestThinDisk(t *testing.T) {
 	if err := file.Sync(); !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EIO) {
 		t.Fatalf("write back: %v; the test shows nothing", err)
 	}
-	select {
-	case <-said.heard:
-	case <-time.After(time.Minute):
-		t.Error("nobody said that the disk did not keep what was written")
+	for i := range mounts {
+		select {
+		case <-mounts[i].said.heard:
+		case <-time.After(time.Minute):
+			t.Errorf("mount %d does not say that the disk did not keep what was written", i)
+		}
 	}
 	if err := unix.Fadvise(int(file.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
 		t.Fatal(err)
 	}
-	if wrong := readAll(); wrong > 0 {
-		t.Errorf("%d of %d pieces were wrong, with a nil error", wrong, size/piece)
+	for i := range mounts {
+		m := &mounts[i]
+		before := m.server.fetched.Load()
+		if wrong := m.read(t); wrong > 0 {
+			t.Errorf("mount %d: %d pieces of %d were wrong, with a nil error", i, wrong, size/thinPiece)
+		}
+		if again := m.server.fetched.Load() - before; again <= 0 || again >= size {
+			t.Errorf("mount %d: %d bytes were fetched again: want some, which were lost, and not all", i, again)
+		}
 	}
-	if again := p.fetched.Load() - size; again <= 0 || again >= size {
-		t.Errorf("%d bytes were fetched again: want some, which were lost, and not all", again)
+}
+
+const thinPiece = 1 << 20
+
+type thinMount struct {
+	said   *cry
+	server *pattern
+	blob   *Blob
+}
+
+// read reads all, and says how many pieces were wrong.
+func (m *thinMount) read(t *testing.T) (wrong int) {
+	t.Helper()
+	got, want := make([]byte, thinPiece), make([]byte, thinPiece)
+	for off := int64(0); off < m.blob.Size(); off += thinPiece {
+		if err := m.blob.ReadAt(ctx, got, off); err != nil {
+			t.Error(err)
+		}
+		if fill(want, off); !bytes.Equal(got, want) {
+			wrong++
+		}
 	}
+	return wrong
 }
