@@ -87,7 +87,7 @@ func (p *program) cacheCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			command("ls", " ", "show what is kept of each layer, and of what belongs to layers", p.cacheList),
 			command("du", " ", "show how much is kept in all, and the limits", p.cacheUsage, keepFlags()[:2]...),
-			command("prune", " ", "remove all that is not in use", p.cachePrune,
+			command("prune", " ", "remove all that is not in use: of what is mounted, what was read in the last 20 s stays, and with --offline all", p.cachePrune,
 				&cli.StringFlag{Name: "keep", Usage: "remove what was not read for longest, until at most `SIZE` is left", Value: "0"}),
 			command("verify", " ", "compare everything with its checksums; what is damaged will be fetched again", p.cacheVerify),
 			command("rm", "DIGEST...", "remove layers that are not in use", p.cacheRemove),

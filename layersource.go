@@ -311,6 +311,7 @@ func plain(blob interface{ Origin() string }) string { return origin("plain", bl
 
 // keep opens bytes in the cache, all of which may be read.
 func (o *layerOpener) keep(s *layerSource, f blobcache.Fetcher, size int64, options blobcache.OpenOptions) error {
+	options.Keep = o.offline // what goes could not be had again
 	b, err := o.cache.Open(s.digest, size, f, options)
 	if err != nil {
 		return err

@@ -530,3 +530,28 @@ func TestReattachedOffline(t *testing.T) {
 		t.Errorf("somebody came %d times", n)
 	}
 }
+
+// TestOfflineStays: nobody takes from a mount with --offline what it could not have again, whether it has read that or
+// not; until it ends.
+func TestOfflineStays(t *testing.T) {
+	for name, kind := range map[string]verifiable.Options{
+		"plain": {}, "index": {Chunk: testChunk}, "zstd": {Chunk: testChunk, Zstd: true}, "tree": {Verity: true}, "whole": {Zstd: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newShelf(t, kind)
+			s.fill()
+			o := s.mustOpen(true)
+			s.prune()
+			if failed := s.readAll(o); failed > 0 {
+				t.Errorf("%d reads failed after somebody pruned", failed)
+			}
+			again := s.mustOpen(true) // a server that takes over
+			must(t, again.Close())
+			must(t, o.Close())
+			s.prune()
+			if _, err := s.open(true); err == nil {
+				t.Error("all of it stays, although nothing is mounted")
+			}
+		})
+	}
+}

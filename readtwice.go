@@ -10,6 +10,7 @@ import (
 	"os"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/registry"
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -174,6 +175,22 @@ func (w *readTwice) spill(ctx context.Context, piece []byte, sum hash.Hash, why 
 	}
 	if n != size-at {
 		return &wrongError{fmt.Errorf("from %d on its body has %d bytes or more, and it has %d", at, n, size-at)}
+	}
+	return nil
+}
+
+// lost says that the disk did not keep a part of stored, which may have been read as zeros: the kernel tells nobody who
+// does not ask. To wait for what is being written where nothing ever is takes no time, see sync_file_range(2).
+func (w *readTwice) lost() error {
+	if w.stored == nil {
+		return nil
+	}
+	err := unix.SyncFileRange(int(w.stored.Fd()), w.from.Size()+roomStep, 1, unix.SYNC_FILE_RANGE_WAIT_BEFORE)
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) {
+		err = w.stored.Sync()
+	}
+	if err != nil {
+		return fmt.Errorf("what was fetched of it was not kept: %w", err)
 	}
 	return nil
 }

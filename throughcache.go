@@ -74,7 +74,7 @@ func (o *layerOpener) throughCache(s *layerSource, blob *remoteBlob, part keptPa
 	var err error
 	// What a layer is verified by is waited for with a slot in hand, and is read where it is needed, not in order.
 	t.kept, err = o.cache.Open(part.digest, part.size, partFetcher{t}, blobcache.OpenOptions{
-		ChunkSize: part.unit, Origin: part.origin, Beneath: !part.layer, NoReadahead: !part.layer,
+		ChunkSize: part.unit, Origin: part.origin, Beneath: !part.layer, NoReadahead: !part.layer, Keep: o.offline,
 	})
 	if err != nil {
 		return nil, err

@@ -76,7 +76,7 @@ func (o *layerOpener) openWhole(ctx context.Context, s *layerSource, blob *remot
 	s.bytes = f // to be closed, whatever happens
 	w := &readTwice{opener: o, from: from, disk: file}
 	err = errors.Join(o.decompressRight(ctx, f, w, v), w.close())
-	if errors.Is(err, syscall.ENOSPC) {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EIO) {
 		err = fmt.Errorf("%w; choose a directory with more room by --cache-dir", err)
 	}
 	if err != nil {
@@ -152,11 +152,20 @@ func (o *layerOpener) decompressWhole(ctx context.Context, f *wholeFile, w *read
 	image := plain.Hash()
 	to := &roomWriter{ctx: ctx, opener: o, file: f.File}
 	var err error
-	if f.size, err = chunked.Decompress(io.MultiWriter(to, image), w.reader(ctx), maxDecompressed); err != nil {
+	f.size, err = chunked.Decompress(io.MultiWriter(to, image), w.reader(ctx), maxDecompressed)
+	if lost := w.lost(); lost != nil {
+		return lost
+	}
+	if err != nil {
 		return err
 	}
 	if got := digest.NewDigest(plain, image); o.verify != verifyOff && v.Uncompressed != "" && got != v.Uncompressed {
 		return fmt.Errorf("it decompresses to %s, and the manifest says to %s", got, v.Uncompressed)
+	}
+	// Nothing compares what is read of it with anything from now on: so the disk is to have it, and say so. What the kernel
+	// cannot write back later is zeros for who reads it then, without an error.
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("what it decompresses to cannot be kept: %w", err)
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -14,6 +15,7 @@ import (
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
 	"github.com/erofs-oci/erofs-oci/tests/ocipush"
 	"github.com/erofs-oci/erofs-oci/tests/require"
+	"github.com/erofs-oci/erofs-oci/tests/thin"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -99,6 +101,28 @@ func TestCacheGivesWay(t *testing.T) {
 	}
 	if st := s.registry.Stats(); st.BlobGETs != 0 || len(s.kept()) != 1 || s.kept()[0] != digest.FromBytes(s.blobs[0].Data).String() {
 		t.Errorf("%+v; kept are %v", st, s.kept())
+	}
+}
+
+// TestWholeOnThinDisk: what a layer decompresses to is on the disk before anybody reads it, or the mount fails; and so is
+// what was fetched of it and not kept.
+func TestWholeOnThinDisk(t *testing.T) {
+	const mib = 1 << 20
+	for name, size := range map[string]string{"kept": "100M", "not kept": "20M"} {
+		t.Run(name, func(t *testing.T) {
+			s := newWholeShelf(t, 18*mib, 20*mib)
+			s.dir = thin.Disk(t, 128*mib, 8*mib) + "/cache"
+			s.size, s.free = size, "1M"
+			o, err := s.open(false)
+			if err == nil {
+				t.Errorf("it was mounted; %d reads failed, %v", s.readAll(o), o.Close())
+			} else if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), "--cache-dir") {
+				t.Error(err)
+			}
+			if left := openFiles(t, s.dir); len(left) != 0 {
+				t.Errorf("left behind: %q", left)
+			}
+		})
 	}
 }
 

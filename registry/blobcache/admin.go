@@ -89,8 +89,8 @@ func (d *disk) kept() (k Kept, err error) {
 	if err != nil {
 		return k, err
 	}
-	if len(uses) > 0 && slices.Max(uses) > 0 {
-		k.Used = time.UnixMicro(slices.Max(uses)).UTC().Truncate(time.Second)
+	if latest := uses.latest(); latest > 0 {
+		k.Used = time.UnixMicro(latest).UTC().Truncate(time.Second)
 	}
 	others, err := othersHold(d.handle, lockOpen, 1)
 	k.InUse = others > 0
@@ -196,7 +196,11 @@ type Check struct {
 func (c *Cache) Verify(ctx context.Context, report func(Check) error) error {
 	return c.eachFile(func(_ string, d *disk) error {
 		check := Check{Digest: d.digest, ChunkSize: d.unit}
-		for r := range d.regions {
+		filled, err := d.filled()
+		if err != nil {
+			return err
+		}
+		for _, r := range filled {
 			if err := ctx.Err(); err != nil {
 				return err
 			}

@@ -22,48 +22,52 @@ func (s *store) stays() bool {
 	return false
 }
 
-// lastUses are the times by which regions go.
-func (s *store) lastUses() []int64 {
+// lastUse gives the times by which regions go.
+func (s *store) lastUse() func(region int64) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	stays := s.stays()
-	uses := make([]int64, len(s.used))
-	for r := range uses {
-		if uses[r] = s.used[r].Load(); stays {
-			uses[r] = lastOfAll
-		}
+	if s.stays() {
+		return func(int64) int64 { return lastOfAll }
 	}
-	return uses
+	return s.used.at
 }
 
-// stay keeps what is here from other processes, and counts it as used until somebody looks again, so that it is newer
-// than what is read meanwhile. What another process is evicting just now it may have. The caller holds s.mu.
-func (s *store) stay() (err error) {
-	s.touch(s.cache.clock.Load() + houseEvery.Microseconds())
-	for r := range s.disk.regions {
-		if s.known.any(s.disk.region(r)) {
-			err = errors.Join(err, ignore(s.lease(r), errLocked))
+// keeps says that nothing of the blob is let go of as long as it is open. The caller holds s.mu.
+func (s *store) keeps() bool {
+	for b := range s.blobs {
+		if b.keep {
+			return true
 		}
+	}
+	return false
+}
+
+// leaseAll keeps what is here from other processes. What one of them is evicting just now it may have. The caller holds
+// s.mu.
+func (s *store) leaseAll() (err error) {
+	for r := range s.knownRegions {
+		err = errors.Join(err, ignore(s.lease(r), errLocked))
 	}
 	return err
 }
 
-// remain has what is here stay for some time more, if it is to.
+// remain has what is here stay for some time more, if it is to. What others are verified by counts as used until somebody
+// looks again, so that it is newer than what is read meanwhile. The caller holds s.mu.
 func (s *store) remain() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.stays() {
+	stays := s.stays()
+	if stays {
+		s.touch(s.cache.clock.Load() + houseEvery.Microseconds())
+	}
+	if !stays && !s.keeps() {
 		return nil
 	}
-	return s.stay()
+	return s.leaseAll()
 }
 
 // touch says when all that is here was used.
 func (s *store) touch(when int64) {
-	for r := range s.disk.regions {
-		if s.known.any(s.disk.region(r)) {
-			s.used[r].Store(when)
-		}
+	for r := range s.knownRegions {
+		s.used.set(r, when)
 	}
 }
 

@@ -2,6 +2,7 @@ package blobcache
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 )
@@ -77,4 +78,61 @@ func TestBeneathStays(t *testing.T) {
 			t.Errorf("%d bytes are kept of what is closed, %v", kept(t, caches[1]), err)
 		}
 	})
+}
+
+// TestKeep: what somebody could not fetch again stays for as long as he has it open, although he does not read it; and is
+// no newer for that.
+func TestKeep(t *testing.T) {
+	for _, keep := range []bool{false, true} {
+		t.Run(fmt.Sprintf("keep %v", keep), func(t *testing.T) {
+			stage(t, func(t *testing.T) { keepOpen(t, keep) })
+		})
+	}
+}
+
+func keepOpen(t *testing.T, keep bool) {
+	caches := quietCaches(t, t.TempDir(), 2)
+	s := newServer(3*regionSize + 5)
+	fill := openWith(t, caches[1], s, OpenOptions{})
+	for _, off := range []int64{0, regionSize - cs, 3 * regionSize} { // 2 regions of 4
+		if err := readNow(ctx, fill, s, off, min(cs, fill.Size()-off)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := fill.Close(); err != nil {
+		t.Fatal(err)
+	}
+	const here = 2*cs + 5
+	used := time.Now()
+	b := openWith(t, caches[0], s, OpenOptions{Keep: keep})
+	if err := readNow(ctx, b, s, 0, cs); err != nil {
+		t.Fatal(err)
+	}
+	want := map[bool]int64{true: here}[keep]
+	for range 3 {
+		time.Sleep(2 * idle)
+		if _, err := caches[1].Prune(0); err != nil || kept(t, caches[1]) != want {
+			t.Fatalf("%d bytes are kept, want %d, %v", kept(t, caches[1]), want, err)
+		}
+	}
+	if when := b.store.used.at(3); keep && (when == 0 || when > used.UnixMicro()) {
+		t.Errorf("what nobody has read since %v counts as used at %d", used, when)
+	}
+	for _, off := range []int64{regionSize - cs, 3 * regionSize} {
+		if err := readNow(ctx, b, s, off, min(cs, b.Size()-off)); err != nil {
+			t.Error(err)
+		}
+	}
+	if again := len(s.asked()) - 3; keep != (again == 0) {
+		t.Errorf("%d requests after what was here", again)
+	}
+	if !keep {
+		return
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := caches[1].Prune(0); err != nil || kept(t, caches[1]) != 0 {
+		t.Errorf("%d bytes are kept of what is closed, %v", kept(t, caches[1]), err)
+	}
 }

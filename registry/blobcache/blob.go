@@ -18,9 +18,10 @@ var errAbandoned = errors.New("its fetch was given up")
 type Blob struct {
 	store       *store
 	fetcher     Fetcher
-	vouched     bool // see OpenOptions, as are the next two
+	vouched     bool // see OpenOptions, as are the next three
 	noReadahead bool
 	beneath     bool
+	keep        bool
 	verify      func(ctx context.Context, p []byte, off int64) error // may be nil
 	onComplete  func() bool                                          // nil while it is called and after; guarded by store.mu, as are the next two
 	completed   bool                                                 // it was called
@@ -195,6 +196,7 @@ func judgement(err error) ruling {
 func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err error) {
 	s := b.store
 	first, end := s.span(off, len(p))
+	doubts := s.doubts.Load()
 	wanted, behind, err := b.want(first, end, waitingSince(ctx))
 	if err != nil {
 		return 0, err
@@ -232,6 +234,9 @@ func (b *Blob) readWanted(ctx context.Context, p []byte, off int64) (n int, err 
 			}
 			s.spoil(chunk, chunk+1, err)
 			return n, errAbandoned
+		}
+		if data == nil && s.doubts.Load() != doubts {
+			return n, errAbandoned // it may be what the disk has in place of a page that it did not keep
 		}
 		n += len(part)
 		wanted[i] = nil // with its data, if the disk could not keep it

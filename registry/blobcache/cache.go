@@ -78,9 +78,13 @@ const (
 	defaultMaxAhead   = 4
 	defaultPrefetches = 2
 	maxLoads          = 16
-	// maxBlobSize bounds the presence map that a hostile descriptor can make us allocate: 512 MiB at the smallest
-	// chunks, 8 MiB at the usual ones. It is also what one ext4 file can hold.
+	// maxBlobSize is what one ext4 file can hold.
 	maxBlobSize = 16 << 40
+	// maxChunks and maxOpenChunks bound what hostile descriptors can make us allocate, for one blob and for all that are
+	// open: a few bits for each chunk, read or not. They are 16 and 32 TiB at the usual chunks, and 256 and 512 GiB at the
+	// smallest ones; 32 and 64 MiB of memory, of which what is not read is not touched.
+	maxChunks     = 1 << 26
+	maxOpenChunks = 2 * maxChunks
 )
 
 func (o Options) withDefaults() (Options, error) {
@@ -126,6 +130,20 @@ func (o Options) withDefaults() (Options, error) {
 	return o, nil
 }
 
+// checkSize refuses a blob that is too large to be kept in chunks of a unit.
+func checkSize(size, unit int64) error {
+	if err := checkUnit(unit); err != nil {
+		return err
+	}
+	if size < 0 || size > maxBlobSize {
+		return fmt.Errorf("size %d is outside 0 to %d", size, int64(maxBlobSize))
+	}
+	if n := ceil(size, unit); n > maxChunks {
+		return fmt.Errorf("%d bytes in chunks of %d are %d chunks, and a blob may have %d at most", size, unit, n, maxChunks)
+	}
+	return nil
+}
+
 func checkUnit(n int64) error {
 	if n < MinChunkSize || n > MaxChunkSize || n%MinChunkSize != 0 {
 		return fmt.Errorf("chunk size %d: must be a multiple of %d up to %d", n, MinChunkSize, MaxChunkSize)
@@ -159,6 +177,9 @@ type OpenOptions struct {
 	// Beneath says that other blobs are verified by this one: a flight of theirs may wait for a read of it while it has a
 	// slot, so its own flights have others. They have no Label. What is here of it counts as used as long as it is open.
 	Beneath bool
+	// Keep has what is here of the blob when it is opened, and what is read of it, stay for as long as it is open, whether
+	// anybody reads it or not: other processes do not evict it, nor prune it. It is for who could not fetch it again.
+	Keep bool
 	// NoReadahead has nothing fetched ahead of those who read through this Blob.
 	NoReadahead bool
 }
@@ -183,6 +204,8 @@ type Cache struct {
 	wrap    func(f chunkFile, l layout) chunkFile // gives f; or what a test puts in its place
 	space   *space
 	clock   atomic.Int64 // the time, in microseconds, when somebody last looked
+	took    atomic.Int64 // the time, in microseconds, when a chunk was last written, or believed
+	rest    atomic.Int64 // until when, in microseconds, nothing is written: see rests
 	keeping sync.WaitGroup
 
 	ctx     context.Context
@@ -199,6 +222,7 @@ type Cache struct {
 
 	mu     sync.Mutex // guards what follows, and store.refs
 	stores map[storeKey]*store
+	chunks int64       // of the blobs that are open, see maxOpenChunks
 	past   storeCounts // of the stores that are gone
 	// orphans are open, and their files were purged or removed: nobody who opens a blob gets one of them any more.
 	orphans map[*store]struct{}
@@ -233,12 +257,14 @@ func New(dir string, o Options) (*Cache, error) {
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.tick()
+	c.took.Store(c.clock.Load())
 	if c.space, err = newSpace(c); err != nil {
 		c.cancel()
 		return nil, errors.Join(fmt.Errorf("blob cache: %w", err), root.Close())
 	}
 	c.outside = &outside{file: c.space.file}
 	c.keeping.Go(c.keepHouse)
+	c.keeping.Go(c.watchDisk)
 	return c, nil
 }
 
@@ -248,13 +274,10 @@ func (c *Cache) Open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 	if err := checkDigest(digest); err != nil {
 		return nil, fmt.Errorf("open blob: %w", err)
 	}
-	if size < 0 || size > maxBlobSize {
-		return nil, fmt.Errorf("open blob %s: size %d is outside 0 to %d", digest, size, int64(maxBlobSize))
-	}
 	if o.ChunkSize == 0 {
 		o.ChunkSize = c.options.ChunkSize
 	}
-	if err := checkUnit(o.ChunkSize); err != nil {
+	if err := checkSize(size, o.ChunkSize); err != nil {
 		return nil, fmt.Errorf("open blob %s: %w", digest, err)
 	}
 	var b *Blob
@@ -285,27 +308,29 @@ func (c *Cache) open(digest string, size int64, f Fetcher, o OpenOptions) (*Blob
 		s = nil
 	}
 	if s == nil {
+		n := ceil(size, o.ChunkSize)
+		if n > maxOpenChunks-c.chunks {
+			return nil, fmt.Errorf("%d bytes in chunks of %d are %d chunks; the blobs that are open have %d, and may have %d at most", size, o.ChunkSize, n, c.chunks, maxOpenChunks)
+		}
 		var err error
 		if s, err = newStore(c, key, size); err != nil {
 			return nil, err
 		}
+		c.chunks += n
 		c.stores[key] = s
 		s.beneath = o.Beneath
 	}
 	s.beneath = s.beneath && o.Beneath
 	s.refs++
-	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath}
+	b := &Blob{store: s, fetcher: f, verify: o.Verify, vouched: o.Vouched, onComplete: o.OnComplete, noReadahead: o.NoReadahead, beneath: o.Beneath, keep: o.Keep}
 	b.ctx, b.cancel = context.WithCancel(c.ctx)
 	c.blobs[b] = struct{}{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.blobs[b] = struct{}{}
 	s.completed()
-	if !b.beneath {
-		return b, nil
-	}
-	if err := s.stay(); err != nil {
-		c.options.Logger.Warn("what layers are verified by cannot be kept from other processes", "blob", s.digest, "err", err)
+	if err := s.remain(); err != nil {
+		c.options.Logger.Warn("what is to stay in the cache cannot be kept from other processes", "blob", s.digest, "err", err)
 	}
 	return b, nil
 }
@@ -372,6 +397,7 @@ func (c *Cache) release(s *store) error {
 		return nil
 	}
 	c.past.add(s)
+	c.chunks -= s.chunks
 	delete(c.orphans, s)
 	if c.stores[s.key] == s {
 		delete(c.stores, s.key)

@@ -11,13 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A chunkFile is where chunks are kept. Tests put failing disks in its place.
+// A chunkFile is where chunks are kept: a file, as far as they need one. Tests put failing disks in its place.
 type chunkFile interface {
 	io.ReaderAt
 	io.WriterAt
 	io.Closer
 	// Punch makes a hole. Whether it gives the space back is the file system's affair.
 	Punch(off, n int64) error
+	// Lost says why something that was written did not get to the disk. It is told once, and nothing is waited for;
+	// behind is where there is no page of the file.
+	Lost(behind int64) error
+	// Drop has what is read after it come from the disk.
+	Drop() error
 }
 
 // An osFile is a chunkFile of the operating system's.
@@ -100,44 +105,71 @@ func (d *disk) punch(first, end int64) error {
 	return nil
 }
 
-// scan calls f for each chunk that is present, in order. It skips what is a hole in the entries.
-func (d *disk) scan(f func(chunk int64)) error {
-	buf := make([]byte, 64<<10)
-	for at := int64(headerSize); at < d.uses; {
-		next, err := unix.Seek(int(d.handle.Fd()), at, unix.SEEK_DATA)
-		switch {
-		case errors.Is(err, unix.ENXIO):
-			return nil
-		case err == nil && next > at:
-			at = next - (next-headerSize)%entrySize
-		}
-		if at >= d.uses {
-			return nil
-		}
-		n := min(int64(len(buf)), d.uses-at)
-		if _, err := d.file.ReadAt(buf[:n], at); err != nil {
-			return fmt.Errorf("read entries of %s: %w", d.digest, err)
-		}
-		for i := int64(0); i < n; i += entrySize {
-			chunk := (at + i - headerSize) / entrySize
-			if _, present := d.entry(buf[i:], chunk); present {
-				f(chunk)
+// data calls f with what the file has between two places, in order and in whole records, but for holes.
+func (d *disk) data(from, to, record int64, f func(at int64, b []byte)) error {
+	buf := make([]byte, min(64<<10, to-from))
+	for at := from; at < to; {
+		if to-from > int64(len(buf)) {
+			next, err := unix.Seek(int(d.handle.Fd()), at, unix.SEEK_DATA)
+			switch {
+			case errors.Is(err, unix.ENXIO):
+				return nil
+			case err == nil && next > at:
+				at = next - (next-from)%record
 			}
 		}
+		if at >= to {
+			return nil
+		}
+		n := min(int64(len(buf)), to-at)
+		if _, err := d.file.ReadAt(buf[:n], at); err != nil {
+			return err
+		}
+		f(at, buf[:n])
 		at += n
 	}
 	return nil
 }
 
-// lastUses reads when each region was last used.
-func (d *disk) lastUses() ([]int64, error) {
-	b := make([]byte, d.regions*useSize)
-	if _, err := d.file.ReadAt(b, d.uses); err != nil && len(b) > 0 {
-		return nil, fmt.Errorf("read the times of use of %s: %w", d.digest, err)
+// scan calls f for each chunk that is present, in order. It skips what is a hole in the entries.
+func (d *disk) scan(f func(chunk int64)) error {
+	err := d.data(headerSize, d.uses, entrySize, func(at int64, b []byte) {
+		chunk := (at - headerSize) / entrySize
+		for ; len(b) > 0; b, chunk = b[entrySize:], chunk+1 {
+			if _, present := d.entry(b, chunk); present {
+				f(chunk)
+			}
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("read entries of %s: %w", d.digest, err)
 	}
-	uses := make([]int64, d.regions)
-	for r := range uses {
-		uses[r] = int64(binary.LittleEndian.Uint64(b[r*useSize:]))
+	return nil
+}
+
+// filled are the regions in which there are chunks.
+func (d *disk) filled() (regions []int64, err error) {
+	err = d.scan(func(chunk int64) {
+		if r := chunk / d.perRegion; len(regions) == 0 || regions[len(regions)-1] != r {
+			regions = append(regions, r)
+		}
+	})
+	return regions, err
+}
+
+// lastUses reads when each region was last used.
+func (d *disk) lastUses() (useTable, error) {
+	uses := newUseTable(d.regions)
+	err := d.data(d.uses, d.uses+d.regions*useSize, useSize, func(at int64, b []byte) {
+		region := (at - d.uses) / useSize
+		for ; len(b) > 0; b, region = b[useSize:], region+1 {
+			if when := int64(binary.LittleEndian.Uint64(b)); when != 0 {
+				uses.set(region, when)
+			}
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the times of use of %s: %w", d.digest, err)
 	}
 	return uses, nil
 }
@@ -172,19 +204,13 @@ func (d *disk) sweep(present bitmap, count int64) error {
 	if err != nil || has <= count*d.unit+d.uses+d.regions*useSize+(1<<20) {
 		return err
 	}
-	for first := int64(0); first < d.chunks; {
-		if present.has(first) {
-			first++
+	for first, end := int64(0), int64(0); first < d.chunks; first = end {
+		if end = runEnd(present, first, d.chunks); present.has(first) {
 			continue
-		}
-		end := first + 1
-		for end < d.chunks && !present.has(end) {
-			end++
 		}
 		if err := d.punch(first, end); err != nil {
 			return err
 		}
-		first = end
 	}
 	return nil
 }

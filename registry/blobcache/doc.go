@@ -80,13 +80,14 @@
 //	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
 //	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for
 //	blob       shared by who has it open; whoever gets it exclusively may remove the file, or make it anew
+//	doubt      shared by who was told that the disk lost something of the blob; others believe nothing of it either
 //	chunk      exclusive: its fetch, until it is here. Others wait, look again and again, and take over when the lock is free
 //	           By and by they ask by themselves (see Options.Patience)
 //	region     shared, 4 MiB: its lease. Who has it may read chunks there; who gets it exclusively may punch a hole
 //
 // So the bitmap of present chunks, which is in memory, can be believed without asking anybody: it has bits only for
 // leased regions, where no other process punches. Leases of what was not read for 20 s are given up where there are
-// other processes. This process itself, when it evicts, clears the bits first, counts a generation up, and then makes
+// other processes, but for OpenOptions.Beneath and Keep. This process itself, when it evicts, clears the bits first, counts a generation up, and then makes
 // the hole; a reader of present chunks compares the generation before its look at the bitmap with that after its
 // pread, and begins anew where they differ. That costs two loads. A lock around each pread, or a generation in the
 // file, would be system calls: see BenchmarkGuard. A region that somebody waits for, or that something is in flight
@@ -103,6 +104,10 @@
 // process believes no chunk that it finds: it reads all of it and compares the checksum (and calls Verify) before its
 // first use, once for each lease. A chunk that differs is fetched again; where Verify could not tell, it stays. A bit
 // that flips on disk later, while the lease lasts, is noticed with Options.Paranoid only.
+//
+// A write that the kernel could not bring to the disk says nothing to who made it, or reads there. So the kernel is asked
+// each second, and where it failed, nothing of the file is believed that was not read from the disk since: see
+// writeback.go.
 //
 // # Limits
 //

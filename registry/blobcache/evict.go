@@ -156,12 +156,12 @@ func (t *tenant) removeBroken() error {
 // victims lists the regions of a blob in which there are chunks.
 func (t *tenant) victims() (list []victim, err error) {
 	if t.store != nil {
-		return t.regions(t.store.disk, t.store.lastUses())
+		return t.regions(t.store.disk, t.store.lastUse())
 	}
 	err = t.open(func(d *disk) error {
 		uses, err := d.lastUses()
 		if err == nil {
-			list, err = t.regions(d, uses)
+			list, err = t.regions(d, uses.at)
 		}
 		return err
 	})
@@ -171,11 +171,11 @@ func (t *tenant) victims() (list []victim, err error) {
 	return list, err
 }
 
-func (t *tenant) regions(d *disk, uses []int64) (list []victim, err error) {
+func (t *tenant) regions(d *disk, used func(region int64) int64) (list []victim, err error) {
 	err = d.scan(func(chunk int64) {
 		r := chunk / d.perRegion
 		if len(list) == 0 || list[len(list)-1].region != r {
-			list = append(list, victim{of: t, region: r, used: uses[r]})
+			list = append(list, victim{of: t, region: r, used: used(r)})
 		}
 		list[len(list)-1].bytes += d.chunkLen(chunk)
 	})
@@ -251,7 +251,7 @@ func (c *Cache) removeEmpty(tenants []*tenant) (freed int64, err error) {
 func (s *store) evict(region int64) (freed int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.busy[region] > 0 {
+	if s.isBusy(region) {
 		return 0, nil
 	}
 	if err := s.disk.lockRegion(unix.F_WRLCK, region); err != nil {
@@ -268,7 +268,7 @@ func (s *store) evict(region int64) (freed int64, err error) {
 
 // letGo lets others evict a region that nobody has read for a while. The caller holds s.mu.
 func (s *store) letGo(region int64) error {
-	if s.busy[region] > 0 {
+	if s.isBusy(region) {
 		return nil
 	}
 	s.forgetRegion(region)

@@ -492,9 +492,11 @@ func (f *flight) pin(chunk int64, pend *pending) bool {
 // caller holds s.mu.
 func (f *flight) deliver(chunk int64, pend *pending, data []byte, onDisk, passed bool) {
 	s := f.blob.store
+	onDisk = onDisk && !s.isDoubtful(chunk, pend, data)
 	s.takeIn(chunk, data, passed, onDisk)
 	if onDisk {
 		s.present.set(chunk)
+		s.cache.took.Store(time.Now().UnixMicro())
 		s.learn(chunk)
 		s.use(chunk, chunk+1)
 	}

@@ -84,7 +84,7 @@ func parseHeader(b []byte) (layout, error) {
 	if size > maxBlobSize || unit > MaxChunkSize {
 		return layout{}, fmt.Errorf("its header says %d bytes in chunks of %d", size, unit)
 	}
-	if err := checkUnit(int64(unit)); err != nil {
+	if err := checkSize(int64(size), int64(unit)); err != nil {
 		return layout{}, err
 	}
 	name := string(b[41 : 41+int(b[40])])

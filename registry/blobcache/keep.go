@@ -43,13 +43,16 @@ func (c *Cache) keepHouse() {
 // keepHouse writes down when regions were used and, where there are other processes, lets go of those that were not
 // used lately. Whether others have completed the blob it looks in any case: they may have come and gone meanwhile.
 func (s *store) keepHouse(shared bool) error {
+	s.mu.Lock()
 	err := s.remain()
+	s.mu.Unlock()
 	err = errors.Join(err, s.storeUses())
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	shared = shared && !s.keeps()
 	before := s.cache.clock.Load() - idle.Microseconds()
-	for r := range s.disk.regions {
-		if shared && s.leased.has(r) && s.used[r].Load() < before {
+	for r := range s.leased.ones(0, s.disk.regions) {
+		if shared && s.used.at(r) < before {
 			err = errors.Join(err, s.letGo(r))
 		}
 	}
@@ -63,17 +66,21 @@ func (s *store) keepHouse(shared bool) error {
 
 // recount looks which chunks are on disk, where others fetch and evict, too. The caller holds s.mu.
 func (s *store) recount() error {
-	there := newBitmap(s.chunks)
-	if err := s.disk.scan(there.set); err != nil {
-		return err
-	}
-	for c := range s.chunks {
-		if there.has(c) {
-			s.learn(c)
-		} else {
+	next := int64(0) // what is in front of it was looked at
+	gone := func(end int64) {
+		for c := range s.known.ones(next, end) {
 			s.unlearn(c)
 		}
 	}
+	err := s.disk.scan(func(chunk int64) {
+		gone(chunk)
+		s.learn(chunk)
+		next = chunk + 1
+	})
+	if err != nil {
+		return err
+	}
+	gone(s.chunks)
 	s.completed()
 	return nil
 }
@@ -85,16 +92,17 @@ func (s *store) storeUses() error {
 	if s.disk.nowhere {
 		return nil
 	}
-	for r := range s.stored {
-		if when := s.used[r].Load(); when != s.stored[r] {
-			if err := s.disk.putUse(int64(r), when); err != nil {
-				if full(err) {
-					return nil // the order of eviction suffers, and nothing else
-				}
-				return err
-			}
-			s.stored[r] = when
+	for r, when := range s.used.used {
+		if when == s.stored.at(r) {
+			continue
 		}
+		if err := s.disk.putUse(r, when); err != nil {
+			if full(err) {
+				return nil // the order of eviction suffers, and nothing else
+			}
+			return err
+		}
+		s.stored.set(r, when)
 	}
 	return nil
 }

@@ -14,9 +14,10 @@ import (
 // their ends. They belong to the open file, so two caches in one process exclude each other, too, and the kernel drops
 // them with the process that held them. Nobody waits for one in the kernel, where a wait has no end that we could set.
 const (
-	lockOpen   = 1 << 60 // of a blob's file: shared by who has it open
-	lockRegion = 1 << 61 // + region: shared by who may read its chunks, exclusive for who punches holes
-	lockChunk  = 1 << 62 // + chunk: exclusive for who fetches it
+	lockOpen   = 1 << 60   // of a blob's file: shared by who has it open
+	lockDoubt  = 1<<60 + 1 // shared by who believes nothing of it, see store.doubt
+	lockRegion = 1 << 61   // + region: shared by who may read its chunks, exclusive for who punches holes
+	lockChunk  = 1 << 62   // + chunk: exclusive for who fetches it
 
 	lockDir     = 1 << 60 // of the directory's file: for the numbers in it, and for who opens or removes blobs
 	lockProcess = 1 << 61 // + anything: held by each process for as long as it has the cache open

@@ -16,10 +16,7 @@ func (b *Blob) Passed(off int64) (passed bool, end int64) {
 // run says whether the chunk of off is in m, and where the run of chunks ends of which that is true.
 func (s *store) run(m bitmap, off int64) (in bool, end int64) {
 	c := off / s.chunkSize
-	in = m.has(c)
-	for c++; c < s.chunks && m.has(c) == in; c++ {
-	}
-	return in, min(c*s.chunkSize, s.size)
+	return m.has(c), min(runEnd(m, c, s.chunks)*s.chunkSize, s.size)
 }
 
 // Examine has check read the blob from front to back, in whatever pieces. If check is content, the chunks that it was
@@ -37,9 +34,8 @@ func (b *Blob) Examine(check func(readAt func(ctx context.Context, p []byte, off
 	if err != nil {
 		return err
 	}
-	for c := range s.chunks {
-		was, ok := s.intakes[c]
-		if !ok || !e.given.has(c) {
+	for c, was := range s.intakes {
+		if !e.given.has(c) {
 			continue
 		}
 		was.passed = true

@@ -7,15 +7,12 @@ import "sync"
 // back.
 func (b *Blob) Pin() (release func()) {
 	s := b.store
-	if s.chunks == 0 {
-		return func() {}
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pin(0, s.chunks)
+	s.pinned++
 	return sync.OnceFunc(func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.unpin(0, s.chunks)
+		s.pinned--
 	})
 }

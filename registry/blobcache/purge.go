@@ -25,7 +25,9 @@ func (b *Blob) Purge() error {
 		s.cache.mu.Lock()
 		s.cache.disown(s)
 		s.cache.mu.Unlock()
-		for r := range s.disk.regions {
+		filled, err := s.disk.filled()
+		errs = append(errs, err)
+		for _, r := range filled {
 			_, err := s.evict(r)
 			errs = append(errs, err)
 		}

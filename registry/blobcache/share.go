@@ -3,6 +3,7 @@ package blobcache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -416,6 +417,9 @@ func (f *flight) keep(chunk int64, pend *pending, data []byte) error {
 	s := f.blob.store
 	if s.disk.nowhere {
 		return ErrNoRoom
+	}
+	if s.cache.rests() {
+		return fmt.Errorf("%w: %w", ErrNoRoom, errNotKept)
 	}
 	s.mu.Lock()
 	before := anyTime

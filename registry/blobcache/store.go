@@ -27,10 +27,15 @@ type store struct {
 	// present has the chunks that may be read: they are on disk, were checked, and no other process can punch a hole
 	// there, for their region is leased. Bits go up and down under mu and are read without it.
 	present    bitmap
-	generation atomic.Uint64  // goes up when bits of present go down
-	used       []atomic.Int64 // when each region was last read, by the cache's clock
-	buffers    sync.Pool      // *[]byte of chunkSize; a flight that receives holds one
-	heard      atomic.Int64   // when the last byte came from the network
+	generation atomic.Uint64 // goes up when bits of present go down
+	doubts     atomic.Uint64 // goes up when all bits of present go down, for what is in memory may not be on the disk
+	used       useTable      // when each region was last read
+	buffers    sync.Pool     // *[]byte of chunkSize; a flight that receives holds one
+	heard      atomic.Int64  // when the last byte came from the network
+
+	// What watchDisk has to do yet after the disk lost something.
+	dropsLeft int       // how often pages are to be dropped
+	dropAt    time.Time // when that begins
 
 	mu sync.Mutex // guards what follows, Blob.onComplete, pending.flight, pending.disputed, flight.receiving, Blob.closed going up, and bits going up
 	// inflight has every chunk that somebody is to bring; it is never present at the same time.
@@ -40,6 +45,7 @@ type store struct {
 	stream     *flight
 	streamNext int64
 	busy       map[int64]int // regions of chunks in flight or being waited for, which stay; how many those are
+	pinned     int           // who has all regions stay, see Blob.Pin
 	leased     bitmap        // regions whose shared lock is ours
 	locks      map[int64]int // chunks whose lock is ours; for how many flights
 	// known has the chunks that are on disk as far as we know: another process may have fetched or evicted some.
@@ -54,13 +60,14 @@ type store struct {
 	wrong   map[int64]struct{}
 	seed    maphash.Seed // for intakes; does not change
 	changed bool         // a chunk was not the same the next time
-	stored  []int64      // what the disk has of used
+	stored  useTable     // what the disk has of used
 	// fresh has what was fetched ahead, or is about to be, and was not read yet. It is read without the mutex.
 	fresh    bitmap
 	guesser  guesser
 	holds    []*hold            // see HoldReadahead
 	troubled bool               // the last flight failed, or was not kept: nothing is fetched ahead until one goes well
 	blobs    map[*Blob]struct{} // those that are open
+	doubting bool               // nothing is present, see doubt
 	whole    bool               // the server sends the whole blob whatever it is asked for: there is nothing to fetch ahead
 }
 
@@ -74,6 +81,7 @@ type pending struct {
 	// disputed says that the hook refused what the disk has, and that others may read that, or be about to write: it
 	// is neither looked at again nor overwritten, and what is fetched goes to those who wait and nowhere else.
 	disputed bool
+	doubtful bool // it was in flight when doubts ended, see trust
 	err      error
 	data     []byte // the chunk, where the disk could not keep it
 	unkept   error  // why it could not
@@ -118,7 +126,7 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 		chunks:    chunks,
 		disk:      d,
 		present:   newBitmap(chunks),
-		used:      make([]atomic.Int64, d.regions),
+		used:      newUseTable(d.regions),
 		busy:      make(map[int64]int),
 		leased:    newBitmap(d.regions),
 		locks:     make(map[int64]int),
@@ -137,10 +145,9 @@ func newStore(c *Cache, key storeKey, size int64) (*store, error) {
 	if err := s.look(); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
+	_ = s.checkDisk() // watchDisk says what is wrong with that
 	return s, nil
 }
-
-func newBitmap(n int64) bitmap { return make(bitmap, (n+63)/64) }
 
 // look takes in what earlier mounts left. The caller has the directory's lock, or is alone with s.
 func (s *store) look() (err error) {
@@ -150,8 +157,8 @@ func (s *store) look() (err error) {
 	if s.stored, err = s.disk.lastUses(); err != nil {
 		return err
 	}
-	for r, when := range s.stored {
-		s.used[r].Store(when)
+	for r, when := range s.stored.used {
+		s.used.set(r, when)
 	}
 	if err := lock(s.disk.handle, unix.F_WRLCK, lockOpen); err != nil {
 		return ignore(err, errLocked)
@@ -168,6 +175,21 @@ func (s *store) learn(chunk int64) {
 	if !s.known.has(chunk) {
 		s.known.set(chunk)
 		s.counters.chunksPresent.Add(1)
+	}
+}
+
+// knownRegions calls f for the regions in which there are known chunks, until it returns false.
+func (s *store) knownRegions(f func(region int64) bool) {
+	next := int64(0)
+	for c := range s.known.ones(0, s.chunks) {
+		if c < next {
+			continue
+		}
+		r := c / s.disk.perRegion
+		if !f(r) {
+			return
+		}
+		_, next = s.disk.region(r)
 	}
 }
 
@@ -196,12 +218,15 @@ func (s *store) unpin(first, end int64) {
 	}
 }
 
+// isBusy says whether a region stays. The caller holds s.mu.
+func (s *store) isBusy(region int64) bool { return s.pinned > 0 || s.busy[region] > 0 }
+
 // use notes that the regions of the chunks [first, end) are read.
 func (s *store) use(first, end int64) {
 	now := s.cache.clock.Load()
 	for r := first / s.disk.perRegion; r <= (end-1)/s.disk.perRegion; r++ {
-		if s.used[r].Load() != now {
-			s.used[r].Store(now)
+		if s.used.at(r) != now {
+			s.used.set(r, now)
 		}
 	}
 }
@@ -346,38 +371,4 @@ func (s *store) stats() Stats {
 		ChunksPresent:   s.counters.chunksPresent.Load(),
 		ChunksTotal:     s.chunks,
 	}
-}
-
-// A bitmap is read without a lock.
-type bitmap []atomic.Uint64
-
-func (m bitmap) has(i int64) bool { return m[i/64].Load()>>(i%64)&1 != 0 }
-
-func (m bitmap) set(i int64) { m[i/64].Or(1 << (i % 64)) }
-
-func (m bitmap) clear(i int64) { m[i/64].And(^(1 << (i % 64))) }
-
-// any says whether a bit of [first, end) is set.
-func (m bitmap) any(first, end int64) bool {
-	for first < end {
-		n := min(64-first%64, end-first)
-		if m[first/64].Load()&(^uint64(0)>>(64-n)<<(first%64)) != 0 {
-			return true
-		}
-		first += n
-	}
-	return false
-}
-
-// all says whether every bit of [first, end) is set.
-func (m bitmap) all(first, end int64) bool {
-	for first < end {
-		n := min(64-first%64, end-first)
-		want := ^uint64(0) >> (64 - n) << (first % 64)
-		if m[first/64].Load()&want != want {
-			return false
-		}
-		first += n
-	}
-	return true
 }

@@ -33,6 +33,7 @@ func probes() map[string]func() error {
 		"userns":          userns,
 		"fusermount3":     program("fusermount3"),
 		"mkfs.erofs":      program("mkfs.erofs"),
+		"mkfs.ext4":       packaged("mkfs.ext4", "e2fsprogs"),
 		"bzip2":           program("bzip2"),
 		"docker-registry": program("docker-registry"),
 		"nginx":           program("nginx"),
