@@ -213,6 +213,42 @@ func TestRecordForeground(t *testing.T) {
 	}
 }
 
+// TestRecordLost: that the last of a recording could not be written is said by who unmounts, and once; after umount(8)
+// by list, and in the log.
+func TestRecordLost(t *testing.T) {
+	im, s := served(t)
+	lost := func() (dir string) {
+		t.Helper()
+		profiles := filepath.Join(s.dir, "profiles")
+		must(t, os.Mkdir(profiles, 0o700))
+		dir = s.mount(im.ref, "--record="+filepath.Join(profiles, "p"))
+		pick(t, dir, bigFile, bigSize/2, 4096)
+		must(t, os.RemoveAll(profiles))
+		return dir
+	}
+	const why = "what was read last is missing in the profile: "
+	dir := lost()
+	if r := s.run(binary, "umount", dir); r.code != 1 || strings.Count(r.stderr, why) != 1 || strings.Count(r.stderr, "\n") != 1 {
+		t.Errorf("umount: %+v", r)
+	}
+	s.nothingLeft(dir)
+
+	dir = lost()
+	server := s.pidfd(dir)
+	must(t, unix.Unmount(dir, 0))
+	awaitEnd(t, server)
+	if e := s.entry(dir); e.State != "ended" || !strings.Contains(s.serverLog(dir), "the server has ended") || !strings.Contains(s.serverLog(dir), why) {
+		t.Errorf("%+v; the log is %q", e, s.serverLog(dir))
+	}
+	if out := s.must("list"); !strings.Contains(out, "ended: erofs-oci umount "+dir) {
+		t.Errorf("list says %q", out)
+	}
+	if r := s.run(binary, "umount", dir); r.code != 1 || strings.Count(r.stderr, why) != 1 {
+		t.Errorf("umount: %+v", r)
+	}
+	s.nothingLeft(dir)
+}
+
 // TestServeRecord: what an NBD client reads is recorded; offsets are those of the image, also where that is compressed.
 func TestServeRecord(t *testing.T) {
 	require.Has(t, "qemu-io")
