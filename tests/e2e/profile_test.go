@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
@@ -247,6 +248,53 @@ func TestRecordLost(t *testing.T) {
 		t.Errorf("umount: %+v", r)
 	}
 	s.nothingLeft(dir)
+}
+
+// TestRecordGoesOn: a mount that fetches what a profile says and records to the same file, by whatever name, has lost
+// nothing of it when it is there, and adds what is read. One that is refused leaves it as it is.
+func TestRecordGoesOn(t *testing.T) {
+	im, s := served(t)
+	file, link := filepath.Join(s.dir, "app.profile"), filepath.Join(s.dir, "link")
+	must(t, os.Symlink(file, link))
+	dir := s.mount(im.ref, "--record="+file)
+	pick(t, dir, bigFile, bigSize/2, 4096)
+	s.must("umount", dir)
+	before := profiled(t, file, 1)
+	middle, end := s.chunkOf(im.ref, bigFile, bigSize/2), s.chunkOf(im.ref, bigFile, bigSize-4096)
+	if got := chunksOf(t, before); !got[middle] || got[end] {
+		t.Fatalf("recorded %v", got)
+	}
+	for _, record := range []string{file, link} {
+		dir = s.mount(im.ref, "--prefetch="+file, "--record="+record)
+		if now := profiled(t, file, 1); !maps.Equal(chunksOf(t, now), chunksOf(t, before)) {
+			t.Errorf("%s: when it is mounted: %v", record, chunksOf(t, now))
+		}
+		s.prefetched(dir, backend.PrefetchDone)
+		s.must("umount", dir)
+	}
+	dir = s.mount(im.ref, "--prefetch="+link, "--record="+file)
+	pick(t, dir, bigFile, bigSize-4096, 4096)
+	s.must("umount", dir)
+	now, want := profiled(t, file, 1), chunksOf(t, before)
+	want[end] = true
+	if got := chunksOf(t, now); !maps.Equal(got, want) {
+		t.Errorf("in the end: %v, want %v", got, want)
+	}
+	had := before.Blobs[0].Reads
+	if reads := now.Blobs[0].Reads; len(reads) < len(had) || !slices.Equal(reads[:len(had)], had) {
+		t.Errorf("what was there comes first: %v, of %v", had, reads)
+	}
+
+	damaged, err := profile.New([]profile.Blob{{Digest: now.Blobs[0].Digest, Size: now.Blobs[0].Size + 1}})
+	must(t, err)
+	must(t, profile.WriteFile(file, damaged))
+	r := s.run(binary, "mount", "--prefetch="+file, "--record="+file, im.ref, s.target())
+	if r.code != 1 || !strings.Contains(r.stderr, "--record: "+file) {
+		t.Errorf("another size: %+v", r)
+	}
+	if got := profiled(t, file, 1); got.Blobs[0].Size != damaged.Blobs[0].Size {
+		t.Errorf("another size: %+v", got)
+	}
 }
 
 // TestServeRecord: what an NBD client reads is recorded; offsets are those of the image, also where that is compressed.
