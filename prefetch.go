@@ -191,7 +191,20 @@ func (p *prefetcher) Status() *backend.PrefetchStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.status
+	if wrong := p.wrong(); wrong != nil {
+		st.State, st.Error = backend.PrefetchStopped, oneLine(wrong)
+	}
 	return &st
+}
+
+// wrong says what is wrong with a layer of which no byte is read any more. That may come to light after all was fetched.
+func (p *prefetcher) wrong() error {
+	for _, l := range p.layers {
+		if wrong := l.wrong.Load(); wrong != nil {
+			return wrong
+		}
+	}
+	return nil
 }
 
 // A stopError ends the fetching for good.
@@ -207,7 +220,7 @@ func (p *prefetcher) run(ctx context.Context) {
 	pause := firstPrefetchPause
 	for {
 		p.begin()
-		err := p.plan(ctx)
+		err := p.planAndCheck(ctx)
 		var stop *stopError
 		switch {
 		case ctx.Err() != nil:
@@ -229,6 +242,20 @@ func (p *prefetcher) run(ctx context.Context) {
 		}
 		pause = min(2*pause, lastPrefetchPause)
 	}
+}
+
+// planAndCheck is plan, with the word of those who look at a layer as a whole when all of it is here.
+func (p *prefetcher) planAndCheck(ctx context.Context) error {
+	err := p.plan(ctx)
+	if err == nil {
+		for _, l := range p.layers {
+			l.settle(ctx)
+		}
+	}
+	if wrong := p.wrong(); wrong != nil {
+		return &stopError{wrong}
+	}
+	return err
 }
 
 // finish says that no more is fetched: all is here, or err is why it is not. That it is a warning says that somebody should

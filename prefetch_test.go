@@ -16,6 +16,7 @@ import (
 	"testing/iotest"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -191,6 +192,47 @@ func (p *prefetcher) reaches(t *testing.T, state backend.PrefetchState) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%+v, want %s", p.Status(), state)
 		}
+	}
+}
+
+// What turns out to be wrong as a whole was not fetched, whatever was to be, and is not said to be here: not a moment
+// before that, and not if it comes to light later.
+func TestPrefetchWrongWhole(t *testing.T) {
+	const size = 3 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{}), false)
+	all, err := profile.New([]profile.Blob{{Digest: digest.FromBytes(p.Data).String(), Size: size, Reads: []profile.Read{{Len: size}}}})
+	must(t, err)
+	for name, how := range map[string]prefetchOptions{"all": {mode: prefetchAll}, "profile": {mode: "/profile", profile: all}} {
+		t.Run(name, func(t *testing.T) {
+			fetch := func(said io.Writer) (*reader, *prefetcher) {
+				r, err := p.open(t, verifyAuto)
+				must(t, err)
+				o := &opened{cache: r.cache, layers: r.layers(p.Blob)}
+				o.startPrefetch(how, slog.New(slog.NewTextHandler(said, nil)))
+				t.Cleanup(o.prefetch.Close)
+				o.prefetch.done.Wait()
+				return r, o.prefetch
+			}
+			p.registry.SetFault(fakeregistry.Always(fakeregistry.FlipBit(1_000_000)).OnBlobs())
+			var said strings.Builder
+			r, f := fetch(&said)
+			if st := f.Status(); st.State != backend.PrefetchStopped || !strings.Contains(st.Error, wrongPrefix) || !strings.Contains(st.Error, r.digest) {
+				t.Errorf("%+v", st)
+			}
+			if log := said.String(); strings.Contains(log, "is here") || strings.Count(log, "no more is fetched") != 1 || !strings.Contains(log, wrongPrefix) {
+				t.Errorf("the log is %q", log)
+			}
+
+			p.registry.SetFault(nil)
+			r, f = fetch(io.Discard)
+			if st := f.Status(); st.State != backend.PrefetchDone || !r.right.Load() {
+				t.Errorf("%+v; it was looked at: %v", st, r.right.Load())
+			}
+			r.poison(errChanged)
+			if st := f.Status(); st.State != backend.PrefetchStopped || !strings.Contains(st.Error, errChanged.Error()) {
+				t.Errorf("when it is wrong after all: %+v", st)
+			}
+		})
 	}
 }
 
