@@ -141,6 +141,8 @@ type prefetcher struct {
 	cache  *blobcache.Cache
 	how    prefetchOptions
 	log    *slog.Logger
+	// foreign says that no blob of the profile is of the image.
+	foreign bool
 
 	cancel context.CancelFunc
 	done   sync.WaitGroup

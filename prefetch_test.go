@@ -236,6 +236,36 @@ func TestPrefetchWrongWhole(t *testing.T) {
 	}
 }
 
+// A profile of another image has nothing to fetch, and that is not how it was meant; one that is empty has said all.
+func TestPrefetchForeignProfile(t *testing.T) {
+	const size = 3 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: testChunk}), false)
+	own := profile.Blob{Digest: digest.FromBytes(p.Data).String(), Size: int64(len(p.Data)), Reads: []profile.Read{{Len: testChunk}}}
+	other := profile.Blob{Digest: digest.FromString("another").String(), Size: size, Reads: []profile.Read{{Len: testChunk}}}
+	for _, c := range []struct {
+		blobs []profile.Blob
+		state backend.PrefetchState
+		want  int64
+	}{
+		{[]profile.Blob{other}, backend.PrefetchStopped, 0},
+		{[]profile.Blob{own, other}, backend.PrefetchDone, testChunk},
+		{nil, backend.PrefetchDone, 0},
+	} {
+		r, err := p.open(t, verifyAuto)
+		must(t, err)
+		reads, err := profile.New(c.blobs)
+		must(t, err)
+		o := &opened{cache: r.cache, layers: r.layers(p.Blob)}
+		o.startPrefetch(prefetchOptions{mode: "/of.profile", profile: reads}, slog.New(slog.DiscardHandler))
+		o.prefetch.done.Wait()
+		st := o.prefetch.Status()
+		if st.State != c.state || st.Wanted != c.want || st.Fetched != c.want || (st.State == backend.PrefetchStopped) != strings.Contains(st.Error, "/of.profile") {
+			t.Errorf("%v: %+v", c.blobs, st)
+		}
+		o.prefetch.Close()
+	}
+}
+
 // A chunk that is wrong is left out alone.
 func TestPrefetchWrongChunk(t *testing.T) {
 	const size, bad = 9 << 20, 3_000_000

@@ -118,6 +118,7 @@ func (p *prefetcher) compare(layers []openedLayer) {
 			others = append(others, b.Digest)
 		}
 	}
+	p.foreign = len(others) > 0 && len(others) == len(p.how.profile.Blobs)
 	if len(others) > 0 {
 		p.log.Warn("the profile has blobs that are not of this image; they are left out", "file", p.how.mode, "blob", strings.Join(others, " "))
 	}
@@ -125,6 +126,9 @@ func (p *prefetcher) compare(layers []openedLayer) {
 
 // replay is the plan for a profile: its reads, in order.
 func (p *prefetcher) replay(ctx context.Context) error {
+	if p.foreign {
+		return stopf("the profile %s is of another image: it has none of the layers", p.how.mode)
+	}
 	layers := map[string]*layerSource{}
 	for _, l := range p.layers {
 		layers[l.digest] = l
