@@ -280,7 +280,7 @@ func (p *prefetcher) finish(ctx context.Context, err error, warning bool) {
 func (p *prefetcher) begin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.status.State, p.status.Wanted, p.status.Fetched = backend.PrefetchRunning, 0, 0
+	p.status.State, p.status.Error, p.status.Wanted, p.status.Fetched = backend.PrefetchRunning, "", 0, 0
 	p.aside = nil
 }
 

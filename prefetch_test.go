@@ -285,6 +285,20 @@ func TestPrefetchWrongChunk(t *testing.T) {
 	}
 }
 
+// Why the fetching waited is not said of one that runs again.
+func TestPrefetchRunsAgain(t *testing.T) {
+	p := &prefetcher{log: slog.New(slog.DiscardHandler)}
+	p.begin()
+	p.trouble(errors.New("the registry is away"))
+	if st := p.Status(); st.State != backend.PrefetchWaiting || st.Error != "the registry is away" {
+		t.Errorf("%+v", st)
+	}
+	p.begin()
+	if st := p.Status(); st.State != backend.PrefetchRunning || st.Error != "" {
+		t.Errorf("%+v", st)
+	}
+}
+
 // Metadata that is wrong does not keep the rest of it from being fetched, and is fetched when it is right.
 func TestPrefetchWrongMetadata(t *testing.T) {
 	im := corpus.Get(t, "plain")
