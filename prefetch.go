@@ -148,11 +148,12 @@ type prefetcher struct {
 	done   sync.WaitGroup
 	warned bool // of trouble; only the goroutine looks
 
-	mu      sync.Mutex // guards what follows
-	status  backend.PrefetchStatus
-	spent   int64 // bytes that were not here before, in all
-	aside   error // why something was left out for the next time
-	unlucky bool  // trouble was logged, and nothing came since
+	mu      sync.Mutex             // guards what follows
+	status  backend.PrefetchStatus // but for Fetched
+	wants   []piece                // what is wanted; it only grows, or is another one
+	spent   int64                  // bytes that were not here before, in all
+	aside   error                  // why something was left out for the next time
+	unlucky bool                   // trouble was logged, and nothing came since
 }
 
 // startPrefetch begins to fetch what how says. Close of o ends it.
@@ -191,8 +192,11 @@ func (p *prefetcher) Status() *backend.PrefetchStatus {
 		return nil
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	st := p.status
+	st, wants := p.status, p.wants
+	p.mu.Unlock()
+	for _, w := range wants {
+		st.Fetched += w.n - w.layer.absent(w.off, w.n)
+	}
 	if wrong := p.wrong(); wrong != nil {
 		st.State, st.Error = backend.PrefetchStopped, oneLine(wrong)
 	}
@@ -280,8 +284,8 @@ func (p *prefetcher) finish(ctx context.Context, err error, warning bool) {
 func (p *prefetcher) begin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.status.State, p.status.Error, p.status.Wanted, p.status.Fetched = backend.PrefetchRunning, "", 0, 0
-	p.aside = nil
+	p.status.State, p.status.Error, p.status.Wanted = backend.PrefetchRunning, "", 0
+	p.wants, p.aside = nil, nil
 }
 
 func (p *prefetcher) end(state backend.PrefetchState, err error) {
@@ -308,10 +312,13 @@ func (p *prefetcher) trouble(err error) (came bool) {
 }
 
 // want counts what is to be fetched.
-func (p *prefetcher) want(n int64) {
+func (p *prefetcher) want(pieces []piece) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.status.Wanted += n
+	for _, next := range pieces {
+		p.status.Wanted += next.n
+	}
+	p.wants = append(p.wants, pieces...)
 }
 
 // plan is what is to be fetched. It goes on past what turned out to be wrong, and says so at the end.

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -264,6 +265,56 @@ func TestPrefetchForeignProfile(t *testing.T) {
 		}
 		o.prefetch.Close()
 	}
+}
+
+// What came counts from when it is here, not only when all that was asked for at a time is: of a piece that breaks off,
+// too, and of what readers fetch.
+func TestPrefetchCountsWhatIsHere(t *testing.T) {
+	const size, chunk, part = 16 << 20, 256 << 10, 5
+	cache, err := blobcache.New(filepath.Join(t.TempDir(), "cache"), blobcache.Options{ChunkSize: chunk, MaxPrefetches: 1})
+	must(t, err)
+	fetcher := &endingFetcher{Fetcher: breakingFetcher{size, size}}
+	fetcher.from.Store(part * chunk)
+	b, err := cache.Open("sha256:"+strings.Repeat("0", 64), size, fetcher, blobcache.OpenOptions{})
+	must(t, err)
+	l := &layerSource{cached: b, bytes: b, size: size}
+	p := &prefetcher{cache: cache, layers: []*layerSource{l}, how: prefetchOptions{mode: prefetchAll}, log: slog.New(slog.DiscardHandler)}
+	p.begin()
+	pieces := cutPieces(nil, l, chunk, 0, size)
+	p.want(pieces)
+	if err := p.bringAll(t.Context(), pieces, func(piece) {}); err == nil {
+		t.Error("what cannot be had was fetched")
+	}
+	if st := p.Status(); st.Wanted != size || st.Fetched != part*chunk {
+		t.Errorf("%d bytes are here: %+v", part*chunk, st)
+	}
+	fetcher.from.Store(size)
+	must(t, b.ReadAt(t.Context(), make([]byte, 1), size-1))
+	if st := p.Status(); st.Fetched != (part+1)*chunk {
+		t.Errorf("and the last chunk: %+v", st)
+	}
+	must(t, errors.Join(b.Close(), cache.Close()))
+}
+
+// An endingFetcher has nothing from some byte on.
+type endingFetcher struct {
+	blobcache.Fetcher
+	from atomic.Int64
+}
+
+func (f *endingFetcher) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	from := f.from.Load()
+	if off+n <= from {
+		return f.Fetcher.Fetch(ctx, off, n)
+	}
+	if off >= from {
+		return nil, 0, 0, errors.New("there is nothing")
+	}
+	body, start, total, err := f.Fetcher.Fetch(ctx, off, from-off)
+	if err == nil {
+		body = io.NopCloser(io.MultiReader(body, iotest.ErrReader(errors.New("broken"))))
+	}
+	return body, start, total, err
 }
 
 // A chunk that is wrong is left out alone.
