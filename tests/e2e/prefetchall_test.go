@@ -3,18 +3,22 @@ package e2e
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
+	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -362,6 +366,62 @@ func pushRandom(t *testing.T, im servedImage, size int64) (ref string) {
 	}
 	pushFile(t, im.URL(), "net/random:v1", image)
 	return im.Addr() + "/net/random:v1"
+}
+
+// waitsFor is what docs/prefetch.md prints for who waits until the fetching in the background of the mount on dir ends.
+func (s *session) waitsFor(ctx context.Context, dir string) *exec.Cmd {
+	s.t.Helper()
+	text, err := os.ReadFile("../../docs/prefetch.md")
+	must(s.t, err)
+	_, after, found := strings.Cut(string(text), "To wait for the end")
+	if !found {
+		s.t.Fatal("docs/prefetch.md does not say how to wait")
+	}
+	var script []string
+	for line := range strings.Lines(after) {
+		if code, ok := strings.CutPrefix(line, "      "); ok {
+			script = append(script, code)
+		} else if len(script) > 0 {
+			break
+		}
+	}
+	bin := s.t.TempDir()
+	must(s.t, os.Symlink(binary, filepath.Join(bin, "erofs-oci")))
+	return s.command(ctx, "sh", "-c", "PATH="+bin+":$PATH\n"+strings.ReplaceAll(strings.Join(script, ""), "DIR", dir))
+}
+
+// TestPrefetchWait: who waits as the documentation says waits for the mount that is meant, and not for ever for one that
+// is dead or is not there; only of what was fetched it is said that it was.
+func TestPrefetchWait(t *testing.T) {
+	require.Has(t, "jq")
+	im, s := served(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	slow := s.mount(im.ref, "--prefetch=all", "--prefetch-rate=1KiB", "--cache-dir="+filepath.Join(s.dir, "another cache"))
+	waits := s.waitsFor(ctx, slow)
+	must(t, waits.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- waits.Wait() }()
+
+	done := s.mount(im.ref, "--prefetch=all")
+	stopped, _ := s.mountSaying(im.ref, "--prefetch=all", "--cache-size=8MiB", "--cache-dir="+filepath.Join(s.dir, "small"))
+	for dir, code := range map[string]int{done: 0, stopped: 1, s.target(): 1} {
+		cmd := s.waitsFor(ctx, dir)
+		said, err := cmd.CombinedOutput()
+		if ctx.Err() != nil || cmd.ProcessState.ExitCode() != code || len(said) > 0 {
+			t.Errorf("exit code %d, want %d: %v, %q", cmd.ProcessState.ExitCode(), code, err, said)
+		}
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("it did not wait: %v; %+v", err, s.mountStatus(slow).Prefetch)
+	default:
+	}
+	s.end(slow, syscall.SIGKILL)
+	if err := <-ended; err == nil || ctx.Err() != nil {
+		t.Errorf("the server died: %v", err)
+	}
+	s.must("umount", slow)
 }
 
 // TestPrefetchRate: the rate is kept to.
