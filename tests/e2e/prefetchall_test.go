@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
@@ -224,6 +226,40 @@ func TestPrefetchNoRoom(t *testing.T) {
 		t.Errorf("%d bytes for a budget of 3 MiB: %+v", got, st)
 	}
 	showsAll(t, dir)
+}
+
+// TestPrefetchFullDisk: what came and was kept before the disk was full is counted, and is what the layer says is here.
+func TestPrefetchFullDisk(t *testing.T) {
+	im, s := served(t)
+	disk := filepath.Join(s.dir, "disk")
+	must(t, os.Mkdir(disk, 0o700))
+	must(t, unix.Mount("tmpfs", disk, "tmpfs", 0, "size=6m"))
+	t.Cleanup(func() { must(t, unix.Unmount(disk, 0)) })
+	dir, _ := s.mountSaying(im.ref, "--prefetch=all", "--cache-dir="+filepath.Join(disk, "cache"), "--cache-min-free=0", "--cache-size=1GiB")
+	st := s.prefetched(dir, backend.PrefetchStopped)
+	if here := s.status(dir).Fetched; st.Fetched != here || here < 1<<20 || st.Error == "" {
+		t.Errorf("%d bytes are here: %+v", here, st)
+	}
+	s.must("umount", dir)
+}
+
+// TestPrefetchWrongWhole: what turns out to be wrong when all of it came is not said to be here.
+func TestPrefetchWrongWhole(t *testing.T) {
+	im, s := served(t)
+	im.SetFault(fakeregistry.Always(fakeregistry.FlipBit(s.chunkOf(im.ref, bigFile, bigSize/2) * chunk)).OnBlobs())
+	im.SetBandwidth(16 << 20) // so that the mount is there before all is
+	dir := s.mount(im.ref, "--prefetch=all", "--log-level=info", "--cache-dir="+filepath.Join(s.dir, "of the wrong"))
+	file := s.entry(dir).Log
+	if st := s.prefetched(dir, backend.PrefetchStopped); !strings.Contains(st.Error, "is not what the manifest says") {
+		t.Errorf("%+v", st)
+	}
+	log, err := os.ReadFile(file)
+	if err != nil || strings.Contains(string(log), "is here") || strings.Count(string(log), "every read fails from now on") != 1 {
+		t.Errorf("the log is %q, %v", log, err)
+	}
+	if r := s.run(binary, "umount", dir); r.code != 3 {
+		t.Errorf("umount: %+v", r)
+	}
 }
 
 // TestPrefetchInterrupted: a registry that goes away is waited for, and what it has not sent is fetched when it is back.
