@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -201,7 +202,7 @@ func (p *program) serveMount(ctx context.Context, m *mountRequest, log *serverLo
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, claim.Release()) }()
+	defer func() { err = p.release(claim, err) }()
 	if err := run.CheckUpper(m.overlay); err != nil {
 		return err
 	}
@@ -313,6 +314,41 @@ func (p *program) announce(claim *backend.Claim, log *serverLog, rec backend.Rec
 	log.redirect(file)
 	logMounted(log.Logger, rec)
 	return nil
+}
+
+// release is the last that the server of a mount does; err is what it could not do before. Nobody watches a server in
+// the background: its last words are in the log before that goes, and in the record, for who unmounts.
+func (p *program) release(claim *backend.Claim, err error) error {
+	if err == nil || !p.reported {
+		return errors.Join(err, claim.Release())
+	}
+	p.sayEnded(err)
+	left := claim.End(undone(err))
+	if left != nil {
+		p.sayEnded(left)
+	}
+	return errSilent{errors.Join(err, left)}
+}
+
+// sayEnded is for who may read standard error, which is the log now, and has its format.
+func (p *program) sayEnded(err error) { p.log.Error("the server has ended", "err", err) }
+
+// undone is the text of an error, but for wrong bytes: those are recorded when they come to light.
+func undone(err error) string {
+	several, ok := err.(interface{ Unwrap() []error })
+	if !ok || err.Error() != errors.Join(several.Unwrap()...).Error() { // it says more than its parts
+		if _, wrong := err.(*wrongError); wrong {
+			return ""
+		}
+		return oneLine(err)
+	}
+	var texts []string
+	for _, e := range several.Unwrap() {
+		if text := undone(e); text != "" {
+			texts = append(texts, text)
+		}
+	}
+	return strings.Join(texts, "; ")
 }
 
 func logMounted(log *slog.Logger, rec backend.Record) {

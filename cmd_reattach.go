@@ -97,7 +97,7 @@ func (p *program) serveReattached(ctx context.Context, run *backend.RunDir, dir,
 	adopted := false
 	defer func() {
 		if adopted {
-			err = errors.Join(err, claim.Release())
+			err = p.release(claim, err)
 		} else {
 			// Somebody else may be luckier: the record stays.
 			err = errors.Join(err, claim.Abandon())

@@ -68,8 +68,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		}
 	}
 	if p.reported {
-		// Standard error is the log now, and has its format.
-		p.log.Error("the server has ended", "err", err)
+		p.sayEnded(err)
 		return code
 	}
 	fmt.Fprintln(stderr, "erofs-oci:", oneLine(err))

@@ -50,7 +50,7 @@ func meteredBlob(t *testing.T, addr string, p *pushed) (*metering, *reader) {
 	r, err := p.openBy(t, t.TempDir(), verifyAuto, registry.Options{Observer: m.meter}, cache)
 	must(t, err)
 	o := &opened{cache: r.cache, layers: []openedLayer{{blob: r.layerSource}, {blob: r.layerSource}}, id: "sha256:00"}
-	o.prefetch = &prefetcher{status: backend.PrefetchStatus{State: backend.PrefetchWaiting, Wanted: 100, Fetched: 40}}
+	o.prefetch = &prefetcher{status: backend.PrefetchStatus{State: backend.PrefetchWaiting, Wanted: 100}, wants: []piece{{r.layerSource, 0, 30}, {r.layerSource, 1000, 10}}}
 	m.show(o, mountLabels{"r.example/x:v1", "fuse"})
 	return m, r
 }

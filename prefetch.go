@@ -141,16 +141,19 @@ type prefetcher struct {
 	cache  *blobcache.Cache
 	how    prefetchOptions
 	log    *slog.Logger
+	// foreign says that no blob of the profile is of the image.
+	foreign bool
 
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 	warned bool // of trouble; only the goroutine looks
 
-	mu      sync.Mutex // guards what follows
-	status  backend.PrefetchStatus
-	spent   int64 // bytes that were not here before, in all
-	aside   error // why something was left out for the next time
-	unlucky bool  // trouble was logged, and nothing came since
+	mu      sync.Mutex             // guards what follows
+	status  backend.PrefetchStatus // but for Fetched
+	wants   []piece                // what is wanted; it only grows, or is another one
+	spent   int64                  // bytes that were not here before, in all
+	aside   error                  // why something was left out for the next time
+	unlucky bool                   // trouble was logged, and nothing came since
 }
 
 // startPrefetch begins to fetch what how says. Close of o ends it.
@@ -189,9 +192,25 @@ func (p *prefetcher) Status() *backend.PrefetchStatus {
 		return nil
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	st := p.status
+	st, wants := p.status, p.wants
+	p.mu.Unlock()
+	for _, w := range wants {
+		st.Fetched += w.n - w.layer.absent(w.off, w.n)
+	}
+	if wrong := p.wrong(); wrong != nil {
+		st.State, st.Error = backend.PrefetchStopped, oneLine(wrong)
+	}
 	return &st
+}
+
+// wrong says what is wrong with a layer of which no byte is read any more. That may come to light after all was fetched.
+func (p *prefetcher) wrong() error {
+	for _, l := range p.layers {
+		if wrong := l.wrong.Load(); wrong != nil {
+			return wrong
+		}
+	}
+	return nil
 }
 
 // A stopError ends the fetching for good.
@@ -207,7 +226,7 @@ func (p *prefetcher) run(ctx context.Context) {
 	pause := firstPrefetchPause
 	for {
 		p.begin()
-		err := p.plan(ctx)
+		err := p.planAndCheck(ctx)
 		var stop *stopError
 		switch {
 		case ctx.Err() != nil:
@@ -231,6 +250,20 @@ func (p *prefetcher) run(ctx context.Context) {
 	}
 }
 
+// planAndCheck is plan, with the word of those who look at a layer as a whole when all of it is here.
+func (p *prefetcher) planAndCheck(ctx context.Context) error {
+	err := p.plan(ctx)
+	if err == nil {
+		for _, l := range p.layers {
+			l.settle(ctx)
+		}
+	}
+	if wrong := p.wrong(); wrong != nil {
+		return &stopError{wrong}
+	}
+	return err
+}
+
 // finish says that no more is fetched: all is here, or err is why it is not. That it is a warning says that somebody should
 // know: of what ended badly, or of what went well after a warning.
 func (p *prefetcher) finish(ctx context.Context, err error, warning bool) {
@@ -251,8 +284,8 @@ func (p *prefetcher) finish(ctx context.Context, err error, warning bool) {
 func (p *prefetcher) begin() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.status.State, p.status.Wanted, p.status.Fetched = backend.PrefetchRunning, 0, 0
-	p.aside = nil
+	p.status.State, p.status.Error, p.status.Wanted = backend.PrefetchRunning, "", 0
+	p.wants, p.aside = nil, nil
 }
 
 func (p *prefetcher) end(state backend.PrefetchState, err error) {
@@ -279,10 +312,13 @@ func (p *prefetcher) trouble(err error) (came bool) {
 }
 
 // want counts what is to be fetched.
-func (p *prefetcher) want(n int64) {
+func (p *prefetcher) want(pieces []piece) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.status.Wanted += n
+	for _, next := range pieces {
+		p.status.Wanted += next.n
+	}
+	p.wants = append(p.wants, pieces...)
 }
 
 // plan is what is to be fetched. It goes on past what turned out to be wrong, and says so at the end.

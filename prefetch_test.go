@@ -12,10 +12,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v2"
 
 	"github.com/erofs-oci/erofs-oci/backend"
@@ -194,6 +196,127 @@ func (p *prefetcher) reaches(t *testing.T, state backend.PrefetchState) {
 	}
 }
 
+// What turns out to be wrong as a whole was not fetched, whatever was to be, and is not said to be here: not a moment
+// before that, and not if it comes to light later.
+func TestPrefetchWrongWhole(t *testing.T) {
+	const size = 3 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{}), false)
+	all, err := profile.New([]profile.Blob{{Digest: digest.FromBytes(p.Data).String(), Size: size, Reads: []profile.Read{{Len: size}}}})
+	must(t, err)
+	for name, how := range map[string]prefetchOptions{"all": {mode: prefetchAll}, "profile": {mode: "/profile", profile: all}} {
+		t.Run(name, func(t *testing.T) {
+			fetch := func(said io.Writer) (*reader, *prefetcher) {
+				r, err := p.open(t, verifyAuto)
+				must(t, err)
+				o := &opened{cache: r.cache, layers: r.layers(p.Blob)}
+				o.startPrefetch(how, slog.New(slog.NewTextHandler(said, nil)))
+				t.Cleanup(o.prefetch.Close)
+				o.prefetch.done.Wait()
+				return r, o.prefetch
+			}
+			p.registry.SetFault(fakeregistry.Always(fakeregistry.FlipBit(1_000_000)).OnBlobs())
+			var said strings.Builder
+			r, f := fetch(&said)
+			if st := f.Status(); st.State != backend.PrefetchStopped || !strings.Contains(st.Error, wrongPrefix) || !strings.Contains(st.Error, r.digest) {
+				t.Errorf("%+v", st)
+			}
+			if log := said.String(); strings.Contains(log, "is here") || strings.Count(log, "no more is fetched") != 1 || !strings.Contains(log, wrongPrefix) {
+				t.Errorf("the log is %q", log)
+			}
+
+			p.registry.SetFault(nil)
+			r, f = fetch(io.Discard)
+			if st := f.Status(); st.State != backend.PrefetchDone || !r.right.Load() {
+				t.Errorf("%+v; it was looked at: %v", st, r.right.Load())
+			}
+			r.poison(errChanged)
+			if st := f.Status(); st.State != backend.PrefetchStopped || !strings.Contains(st.Error, errChanged.Error()) {
+				t.Errorf("when it is wrong after all: %+v", st)
+			}
+		})
+	}
+}
+
+// A profile of another image has nothing to fetch, and that is not how it was meant; one that is empty has said all.
+func TestPrefetchForeignProfile(t *testing.T) {
+	const size = 3 << 20
+	p := push(t, verifiable.Make(t, imageBytes(size), verifiable.Options{Chunk: testChunk}), false)
+	own := profile.Blob{Digest: digest.FromBytes(p.Data).String(), Size: int64(len(p.Data)), Reads: []profile.Read{{Len: testChunk}}}
+	other := profile.Blob{Digest: digest.FromString("another").String(), Size: size, Reads: []profile.Read{{Len: testChunk}}}
+	for _, c := range []struct {
+		blobs []profile.Blob
+		state backend.PrefetchState
+		want  int64
+	}{
+		{[]profile.Blob{other}, backend.PrefetchStopped, 0},
+		{[]profile.Blob{own, other}, backend.PrefetchDone, testChunk},
+		{nil, backend.PrefetchDone, 0},
+	} {
+		r, err := p.open(t, verifyAuto)
+		must(t, err)
+		reads, err := profile.New(c.blobs)
+		must(t, err)
+		o := &opened{cache: r.cache, layers: r.layers(p.Blob)}
+		o.startPrefetch(prefetchOptions{mode: "/of.profile", profile: reads}, slog.New(slog.DiscardHandler))
+		o.prefetch.done.Wait()
+		st := o.prefetch.Status()
+		if st.State != c.state || st.Wanted != c.want || st.Fetched != c.want || (st.State == backend.PrefetchStopped) != strings.Contains(st.Error, "/of.profile") {
+			t.Errorf("%v: %+v", c.blobs, st)
+		}
+		o.prefetch.Close()
+	}
+}
+
+// What came counts from when it is here, not only when all that was asked for at a time is: of a piece that breaks off,
+// too, and of what readers fetch.
+func TestPrefetchCountsWhatIsHere(t *testing.T) {
+	const size, chunk, part = 16 << 20, 256 << 10, 5
+	cache, err := blobcache.New(filepath.Join(t.TempDir(), "cache"), blobcache.Options{ChunkSize: chunk, MaxPrefetches: 1})
+	must(t, err)
+	fetcher := &endingFetcher{Fetcher: breakingFetcher{size, size}}
+	fetcher.from.Store(part * chunk)
+	b, err := cache.Open("sha256:"+strings.Repeat("0", 64), size, fetcher, blobcache.OpenOptions{})
+	must(t, err)
+	l := &layerSource{cached: b, bytes: b, size: size}
+	p := &prefetcher{cache: cache, layers: []*layerSource{l}, how: prefetchOptions{mode: prefetchAll}, log: slog.New(slog.DiscardHandler)}
+	p.begin()
+	pieces := cutPieces(nil, l, chunk, 0, size)
+	p.want(pieces)
+	if err := p.bringAll(t.Context(), pieces, func(piece) {}); err == nil {
+		t.Error("what cannot be had was fetched")
+	}
+	if st := p.Status(); st.Wanted != size || st.Fetched != part*chunk {
+		t.Errorf("%d bytes are here: %+v", part*chunk, st)
+	}
+	fetcher.from.Store(size)
+	must(t, b.ReadAt(t.Context(), make([]byte, 1), size-1))
+	if st := p.Status(); st.Fetched != (part+1)*chunk {
+		t.Errorf("and the last chunk: %+v", st)
+	}
+	must(t, errors.Join(b.Close(), cache.Close()))
+}
+
+// An endingFetcher has nothing from some byte on.
+type endingFetcher struct {
+	blobcache.Fetcher
+	from atomic.Int64
+}
+
+func (f *endingFetcher) Fetch(ctx context.Context, off, n int64) (io.ReadCloser, int64, int64, error) {
+	from := f.from.Load()
+	if off+n <= from {
+		return f.Fetcher.Fetch(ctx, off, n)
+	}
+	if off >= from {
+		return nil, 0, 0, errors.New("there is nothing")
+	}
+	body, start, total, err := f.Fetcher.Fetch(ctx, off, from-off)
+	if err == nil {
+		body = io.NopCloser(io.MultiReader(body, iotest.ErrReader(errors.New("broken"))))
+	}
+	return body, start, total, err
+}
+
 // A chunk that is wrong is left out alone.
 func TestPrefetchWrongChunk(t *testing.T) {
 	const size, bad = 9 << 20, 3_000_000
@@ -209,6 +332,20 @@ func TestPrefetchWrongChunk(t *testing.T) {
 	p.registry.SetFault(nil)
 	f.done.Wait()
 	if st := f.Status(); st.State != backend.PrefetchDone || st.Fetched != size || st.Error != "" {
+		t.Errorf("%+v", st)
+	}
+}
+
+// Why the fetching waited is not said of one that runs again.
+func TestPrefetchRunsAgain(t *testing.T) {
+	p := &prefetcher{log: slog.New(slog.DiscardHandler)}
+	p.begin()
+	p.trouble(errors.New("the registry is away"))
+	if st := p.Status(); st.State != backend.PrefetchWaiting || st.Error != "the registry is away" {
+		t.Errorf("%+v", st)
+	}
+	p.begin()
+	if st := p.Status(); st.State != backend.PrefetchRunning || st.Error != "" {
 		t.Errorf("%+v", st)
 	}
 }

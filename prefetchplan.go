@@ -63,25 +63,18 @@ func (p *prefetcher) everything(ctx context.Context) error {
 	if limit := p.cache.Stats().Limit; limit > 0 && total > limit && (p.how.bytes == 0 || p.how.bytes > limit) {
 		return stopf("the layers have %d bytes, and the cache may have %d (--cache-size): all of them would not stay", total, limit)
 	}
-	if err := p.metadata(ctx); err != nil {
-		return err
-	}
 	var pieces []piece
 	for _, l := range p.layers {
 		pieces = cutPieces(pieces, l, l.cached.Unit(), 0, l.size)
 	}
-	p.recount(total)
+	p.want(pieces)
+	if err := p.metadata(ctx); err != nil {
+		return err
+	}
 	if err := p.bring(ctx, pieces); err != nil {
 		return err
 	}
 	return p.checkKept(total)
-}
-
-// recount begins to count anew what is wanted.
-func (p *prefetcher) recount(n int64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.status.Wanted, p.status.Fetched = n, 0
 }
 
 // checkKept finds out whether what came first is still here: a cache that is too small lets it go for what came last, and
@@ -118,6 +111,7 @@ func (p *prefetcher) compare(layers []openedLayer) {
 			others = append(others, b.Digest)
 		}
 	}
+	p.foreign = len(others) > 0 && len(others) == len(p.how.profile.Blobs)
 	if len(others) > 0 {
 		p.log.Warn("the profile has blobs that are not of this image; they are left out", "file", p.how.mode, "blob", strings.Join(others, " "))
 	}
@@ -125,6 +119,9 @@ func (p *prefetcher) compare(layers []openedLayer) {
 
 // replay is the plan for a profile: its reads, in order.
 func (p *prefetcher) replay(ctx context.Context) error {
+	if p.foreign {
+		return stopf("the profile %s is of another image: it has none of the layers", p.how.mode)
+	}
 	layers := map[string]*layerSource{}
 	for _, l := range p.layers {
 		layers[l.digest] = l
@@ -143,13 +140,13 @@ func (p *prefetcher) replay(ctx context.Context) error {
 	for _, r := range reads {
 		l := layers[r.Digest]
 		next := piece{l, r.Off, min(r.Len, l.size-r.Off)} // the blob may have something behind that
-		p.want(max(next.n, 0))
 		if last := len(pieces) - 1; last >= 0 && pieces[last].takes(next) {
 			pieces[last].n += next.n
 		} else {
 			pieces = cutPieces(pieces, l, l.cached.Unit(), next.off, next.n)
 		}
 	}
+	p.want(pieces)
 	if p.how.bytesPerSecond == 0 { // else it may take long, and readers want other things meanwhile
 		for _, l := range p.layers {
 			defer l.cached.HoldReadahead(rangesOf(pieces, l))()
@@ -206,8 +203,10 @@ func (p *prefetcher) metadataOf(ctx context.Context, l *layerSource) (err error)
 		func(ctx context.Context, ranges []erofsfmt.Range) error {
 			var pieces []piece
 			for _, r := range ranges {
-				p.want(r.Len)
 				pieces = cutPieces(pieces, l, l.cached.Unit(), r.Off, r.Len)
+			}
+			if p.how.mode != prefetchAll { // which wants more than that already
+				p.want(pieces)
 			}
 			return p.bringAll(ctx, pieces, func(bad piece) { src.bad = append(src.bad, bad) })
 		})
@@ -353,7 +352,6 @@ func (p *prefetcher) bringPiece(ctx context.Context, next piece) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.status.Fetched += fits.n
 	if cost > 0 {
 		p.unlucky = false
 	}

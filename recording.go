@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -31,6 +32,23 @@ func recordOption(c *cli.Context) (string, error) {
 		return "", fmt.Errorf("--record: %w", err)
 	}
 	return file, nil
+}
+
+// recordFrom is what a recording begins with: what its file has, if that is what is fetched in the background, too. Who
+// has both in one file wants to know more than before, and is not to lose it. Nil is nothing.
+func (s *sourceOptions) recordFrom() *profile.Profile {
+	if s.prefetch.profile == nil {
+		return nil
+	}
+	fetched, err := os.Stat(s.prefetch.mode)
+	if err != nil {
+		return nil
+	}
+	recorded, err := os.Stat(s.record)
+	if err != nil || !os.SameFile(fetched, recorded) {
+		return nil
+	}
+	return s.prefetch.profile
 }
 
 // recordPause is how long what was read for the first time waits for more before the file is written: so much a server

@@ -216,3 +216,29 @@ func openedAsRecorded(t *testing.T, p *pushed, file string, said *strings.Builde
 	must(t, err)
 	return o
 }
+
+// TestRecordFrom: a recording goes on with the profile that is fetched if both are one file, by whatever name.
+func TestRecordFrom(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	p, err := profile.New(nil)
+	must(t, err)
+	must(t, profile.WriteFile(file("p"), p))
+	must(t, profile.WriteFile(file("other"), p))
+	must(t, os.Link(file("p"), file("hard")))
+	must(t, os.Symlink("p", file("soft")))
+	for record, same := range map[string]bool{"p": true, "hard": true, "soft": true, "other": false, "new": false} {
+		for _, mode := range []string{prefetchMeta, file("p")} {
+			o := prefetchOptions{mode: mode}
+			must(t, o.resolve())
+			s := &sourceOptions{prefetch: o, record: file(record)}
+			want := o.profile
+			if !same {
+				want = nil
+			}
+			if got := s.recordFrom(); got != want {
+				t.Errorf("--prefetch=%s --record=%s: %v, want %v", mode, record, got, want)
+			}
+		}
+	}
+}

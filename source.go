@@ -344,8 +344,8 @@ func (p *program) openBlobs(ctx context.Context, o *opened, ref registry.Referen
 	var err error
 	if s.resume {
 		o.recording, err = resumeRecording(s.record, o.layers, log)
-	} else {
-		o.recording, err = newRecording(s.record, nil, o.layers, log)
+	} else if o.recording, err = newRecording(s.record, s.recordFrom(), o.layers, log); err != nil {
+		err = fmt.Errorf("--record: %s: %w", s.record, err)
 	}
 	return err
 }

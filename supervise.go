@@ -69,6 +69,9 @@ func (s *supervisor) watch(ctx context.Context, worker *exec.Cmd, signals <-chan
 	for {
 		err := workerEnded(waitForwarding(worker, signals))
 		e, ok, findErr := s.run.Find(s.dir)
+		if err != nil && ok && e.State == backend.Ended {
+			err = fmt.Errorf("%s: %w", e.LastWords, err)
+		}
 		if findErr != nil || !ok || e.State != backend.Orphaned {
 			return errors.Join(err, findErr)
 		}

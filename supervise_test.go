@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -29,6 +30,21 @@ func TestSupervisorsExitCode(t *testing.T) {
 		err := s.watch(t.Context(), worker, nil)
 		if (err == nil) != (want == 0) || err != nil && exitCode(err) != want {
 			t.Errorf("its server ended with %d: %v, want %d", code, err, want)
+		}
+	}
+}
+
+// TestUndone: wrong bytes are left out, wherever they stand, and no text is torn apart.
+func TestUndone(t *testing.T) {
+	lost, full, wrong := errors.New("lost"), errors.New("full"), &wrongError{errors.New("changed")}
+	for want, err := range map[string]error{
+		"":                   errors.Join(wrong, errors.Join(nil, wrong)),
+		"lost":               lost,
+		"lost; full":         errors.Join(errors.Join(lost, wrong), full),
+		"write: lost (full)": errors.Join(wrong, fmt.Errorf("write: %w (%w)", lost, full)),
+	} {
+		if got := undone(err); got != want {
+			t.Errorf("%q: %q, want %q", err, got, want)
 		}
 	}
 }

@@ -37,8 +37,9 @@ type Record struct {
 	Files  []FileState     `json:"files,omitempty"` // in place of a blob: the image and its devices
 	NBD    json.RawMessage `json:"nbd,omitempty"`   // the devices, as package nbdserve describes them; of several layers one of each, the topmost first
 
-	Integrity []LayerIntegrity `json:"integrity,omitempty"` // of each blob, the lowest first
-	Wrong     string           `json:"wrong,omitempty"`     // what was found out about the bytes: they are not the manifest's
+	Integrity []LayerIntegrity `json:"integrity,omitempty"`  // of each blob, the lowest first
+	Wrong     string           `json:"wrong,omitempty"`      // what was found out about the bytes: they are not the manifest's
+	LastWords string           `json:"last_words,omitempty"` // what the server could not do at its end
 
 	Overlay      string `json:"overlay,omitempty"` // where what is written goes
 	TmpfsOverlay bool   `json:"tmpfs_overlay,omitempty"`
@@ -107,6 +108,9 @@ const (
 	// Orphaned: the server ended without unmounting. Readers wait, and another
 	// server can take its place.
 	Orphaned State = "orphaned"
+	// Ended: the mount is gone, and its server ended without having done all that it had to. The record says what that
+	// was, until somebody was told.
+	Ended State = "ended"
 	// Stray: there is no record, but an nbd device that a server left which died
 	// before it could write one.
 	Stray State = "stray"
@@ -121,7 +125,7 @@ type Entry struct {
 // Remedy is the command of this program that mends the state, "" if none is needed.
 func (e Entry) Remedy() string {
 	switch e.State {
-	case Dead:
+	case Dead, Ended:
 		return "umount"
 	case Orphaned:
 		return "reattach"
@@ -296,6 +300,20 @@ func (c *Claim) Release() error {
 	return errors.Join(c.Write(rec), c.lock.Close())
 }
 
+// End is Release for a server that leaves something undone: what that is stays recorded, and the log with it, until
+// Unmount has said it, or the directory is mounted on again.
+func (c *Claim) End(lastWords string) error {
+	rec, recorded, err := c.run.read(c.id)
+	if err != nil || !recorded || lastWords == "" {
+		return c.Release()
+	}
+	if on, err := mountsOn(rec.Dir); err != nil || on.has(rec.Device) {
+		return c.Release()
+	}
+	rec.NBD, rec.LastWords = nil, lastWords
+	return errors.Join(c.Write(rec), c.lock.Close())
+}
+
 func logSuffixes() []string {
 	return []string{".log.1", ".log", ".supervisor.log.1", ".supervisor.log"}
 }
@@ -377,7 +395,7 @@ func (r *RunDir) read(id string) (Record, bool, error) {
 }
 
 // List returns the recorded mounts by directory, and what could not be read.
-// Records whose server has ended and whose mount is gone are swept away.
+// Records whose server has ended and whose mount is gone are swept away, unless that server left last words.
 func (r *RunDir) List() ([]Entry, error) {
 	names, err := filepath.Glob(r.file("*", ".json"))
 	if err != nil {
@@ -422,8 +440,15 @@ func (r *RunDir) entry(id string) (Entry, bool, error) {
 		return Entry{rec, Orphaned}, true, nil
 	case mounted:
 		return Entry{rec, Dead}, true, nil
+	case rec.LastWords != "" && exists(rec.Dir): // else it has no name to ask by
+		return Entry{rec, Ended}, true, nil
 	}
 	return Entry{}, false, r.sweep(id)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 // Find returns the entry of dir, and whether there is one.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -154,6 +155,82 @@ func TestReleaseOfTheMounted(t *testing.T) {
 	}
 	if got := list(t, r); len(got) != 0 {
 		t.Errorf("listed %+v", got)
+	}
+}
+
+// TestEnd: what a server could not do at its end is there for who unmounts, and for who lists meanwhile, once; nothing
+// is left then, nor where the directory is mounted on again or is gone.
+func TestEnd(t *testing.T) {
+	r := testRunDir(t)
+	unmount := func(rec Record) error { return r.Unmount(t.Context(), rec.Dir, false, time.Minute) }
+	for name, after := range map[string]func(t *testing.T, rec Record){
+		"umount": func(t *testing.T, rec Record) {
+			if got := list(t, r); len(got) != 1 || got[0].State != Ended || got[0].LastWords != "disk full" || got[0].NBD != nil || got[0].Remedy() != "umount" {
+				t.Errorf("listed %+v", got)
+			}
+			if err := unmount(rec); err == nil || !strings.Contains(err.Error(), rec.Dir) || !strings.Contains(err.Error(), "disk full") {
+				t.Errorf("the first time: %v", err)
+			}
+			if err := unmount(rec); err == nil || !strings.Contains(err.Error(), "is not mounted by erofs-oci") {
+				t.Errorf("the second time: %v", err)
+			}
+		},
+		"mounted again": func(t *testing.T, rec Record) {
+			c := claim(t, r, Record{Dir: rec.Dir})
+			if got := list(t, r); len(got) != 1 || got[0].LastWords != "" {
+				t.Errorf("listed %+v", got)
+			}
+			if err := c.Release(); err != nil {
+				t.Error(err)
+			}
+		},
+		"gone": func(t *testing.T, rec Record) {
+			if err := os.Remove(rec.Dir); err != nil {
+				t.Error(err)
+			}
+			if got := list(t, r); len(got) != 0 {
+				t.Errorf("listed %+v", got)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rec := Record{Dir: t.TempDir(), Device: "0:9999", NBD: json.RawMessage("[]")}
+			c := claim(t, r, rec)
+			if err := os.WriteFile(c.LogPath(), []byte("why\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.End("disk full"); err != nil {
+				t.Fatal(err)
+			}
+			if said, err := os.ReadFile(c.LogPath()); err != nil || string(said) != "why\n" {
+				t.Errorf("the log: %q, %v", said, err)
+			}
+			after(t, rec)
+			if left, err := os.ReadDir(r.path); err != nil || len(left) != 0 {
+				t.Errorf("left: %v, %v", left, err)
+			}
+		})
+	}
+	// A mount that is still there is dead; and who has nothing to say leaves nothing.
+	for _, c := range []struct {
+		rec  Record
+		said string
+		want []State
+	}{{mountedRecord(t), "in use", []State{Dead}}, {Record{Dir: t.TempDir(), Device: "0:9999"}, "", nil}} {
+		held := claim(t, r, c.rec)
+		if err := held.End(c.said); err != nil {
+			t.Fatal(err)
+		}
+		var got []State
+		for _, e := range list(t, r) {
+			got = append(got, e.State)
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%+v: listed %v", c, got)
+		}
+		if err := r.remove(held.id); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -82,7 +82,8 @@ func Fusermount(args ...string) (*exec.Cmd, error) {
 const endPatience = 2 * time.Second
 
 // Unmount ends the mount on dir and, unless it is detached lazily, waits until
-// its server has ended, too, for at most patience. Dead mounts are cleared.
+// its server has ended, too, for at most patience. Dead mounts are cleared. What the
+// server could not do at its end is the error then.
 func (r *RunDir) Unmount(ctx context.Context, dir string, lazy bool, patience time.Duration) error {
 	real, err := RealDir(dir)
 	if err != nil {
@@ -122,6 +123,15 @@ func (r *RunDir) Unmount(ctx context.Context, dir string, lazy bool, patience ti
 	return r.awaitServer(ctx, id, rec, ours, patience)
 }
 
+// lastWords is an error of what the server that has ended could not do. What is wrong with the record sweep says.
+func (r *RunDir) lastWords(id string) error {
+	rec, recorded, err := r.read(id)
+	if err != nil || !recorded || rec.LastWords == "" {
+		return nil
+	}
+	return fmt.Errorf("%s is unmounted, but its server could not do all that it had to: %s", rec.Dir, rec.LastWords)
+}
+
 // awaitServer waits for the server of a mount that is gone, and clears what a
 // dead one left.
 func (r *RunDir) awaitServer(ctx context.Context, id string, rec Record, unmounted bool, patience time.Duration) error {
@@ -130,7 +140,7 @@ func (r *RunDir) awaitServer(ctx context.Context, id string, rec Record, unmount
 	err := r.waitEnd(wait, id)
 	switch {
 	case err == nil:
-		return r.sweep(id)
+		return errors.Join(r.lastWords(id), r.sweep(id))
 	case !errors.Is(err, context.DeadlineExceeded):
 		return err
 	case unmounted:

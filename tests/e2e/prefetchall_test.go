@@ -3,18 +3,24 @@ package e2e
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/tests/fakeregistry"
+	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
 )
 
@@ -222,6 +228,40 @@ func TestPrefetchNoRoom(t *testing.T) {
 	showsAll(t, dir)
 }
 
+// TestPrefetchFullDisk: what came and was kept before the disk was full is counted, and is what the layer says is here.
+func TestPrefetchFullDisk(t *testing.T) {
+	im, s := served(t)
+	disk := filepath.Join(s.dir, "disk")
+	must(t, os.Mkdir(disk, 0o700))
+	must(t, unix.Mount("tmpfs", disk, "tmpfs", 0, "size=6m"))
+	t.Cleanup(func() { must(t, unix.Unmount(disk, 0)) })
+	dir, _ := s.mountSaying(im.ref, "--prefetch=all", "--cache-dir="+filepath.Join(disk, "cache"), "--cache-min-free=0", "--cache-size=1GiB")
+	st := s.prefetched(dir, backend.PrefetchStopped)
+	if here := s.status(dir).Fetched; st.Fetched != here || here < 1<<20 || st.Error == "" {
+		t.Errorf("%d bytes are here: %+v", here, st)
+	}
+	s.must("umount", dir)
+}
+
+// TestPrefetchWrongWhole: what turns out to be wrong when all of it came is not said to be here.
+func TestPrefetchWrongWhole(t *testing.T) {
+	im, s := served(t)
+	im.SetFault(fakeregistry.Always(fakeregistry.FlipBit(s.chunkOf(im.ref, bigFile, bigSize/2) * chunk)).OnBlobs())
+	im.SetBandwidth(16 << 20) // so that the mount is there before all is
+	dir := s.mount(im.ref, "--prefetch=all", "--log-level=info", "--cache-dir="+filepath.Join(s.dir, "of the wrong"))
+	file := s.entry(dir).Log
+	if st := s.prefetched(dir, backend.PrefetchStopped); !strings.Contains(st.Error, "is not what the manifest says") {
+		t.Errorf("%+v", st)
+	}
+	log, err := os.ReadFile(file)
+	if err != nil || strings.Contains(string(log), "is here") || strings.Count(string(log), "every read fails from now on") != 1 {
+		t.Errorf("the log is %q, %v", log, err)
+	}
+	if r := s.run(binary, "umount", dir); r.code != 3 {
+		t.Errorf("umount: %+v", r)
+	}
+}
+
 // TestPrefetchInterrupted: a registry that goes away is waited for, and what it has not sent is fetched when it is back.
 func TestPrefetchInterrupted(t *testing.T) {
 	t.Parallel()
@@ -362,6 +402,62 @@ func pushRandom(t *testing.T, im servedImage, size int64) (ref string) {
 	}
 	pushFile(t, im.URL(), "net/random:v1", image)
 	return im.Addr() + "/net/random:v1"
+}
+
+// waitsFor is what docs/prefetch.md prints for who waits until the fetching in the background of the mount on dir ends.
+func (s *session) waitsFor(ctx context.Context, dir string) *exec.Cmd {
+	s.t.Helper()
+	text, err := os.ReadFile("../../docs/prefetch.md")
+	must(s.t, err)
+	_, after, found := strings.Cut(string(text), "To wait for the end")
+	if !found {
+		s.t.Fatal("docs/prefetch.md does not say how to wait")
+	}
+	var script []string
+	for line := range strings.Lines(after) {
+		if code, ok := strings.CutPrefix(line, "      "); ok {
+			script = append(script, code)
+		} else if len(script) > 0 {
+			break
+		}
+	}
+	bin := s.t.TempDir()
+	must(s.t, os.Symlink(binary, filepath.Join(bin, "erofs-oci")))
+	return s.command(ctx, "sh", "-c", "PATH="+bin+":$PATH\n"+strings.ReplaceAll(strings.Join(script, ""), "DIR", dir))
+}
+
+// TestPrefetchWait: who waits as the documentation says waits for the mount that is meant, and not for ever for one that
+// is dead or is not there; only of what was fetched it is said that it was.
+func TestPrefetchWait(t *testing.T) {
+	require.Has(t, "jq")
+	im, s := served(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	slow := s.mount(im.ref, "--prefetch=all", "--prefetch-rate=1KiB", "--cache-dir="+filepath.Join(s.dir, "another cache"))
+	waits := s.waitsFor(ctx, slow)
+	must(t, waits.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- waits.Wait() }()
+
+	done := s.mount(im.ref, "--prefetch=all")
+	stopped, _ := s.mountSaying(im.ref, "--prefetch=all", "--cache-size=8MiB", "--cache-dir="+filepath.Join(s.dir, "small"))
+	for dir, code := range map[string]int{done: 0, stopped: 1, s.target(): 1} {
+		cmd := s.waitsFor(ctx, dir)
+		said, err := cmd.CombinedOutput()
+		if ctx.Err() != nil || cmd.ProcessState.ExitCode() != code || len(said) > 0 {
+			t.Errorf("exit code %d, want %d: %v, %q", cmd.ProcessState.ExitCode(), code, err, said)
+		}
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("it did not wait: %v; %+v", err, s.mountStatus(slow).Prefetch)
+	default:
+	}
+	s.end(slow, syscall.SIGKILL)
+	if err := <-ended; err == nil || ctx.Err() != nil {
+		t.Errorf("the server died: %v", err)
+	}
+	s.must("umount", slow)
 }
 
 // TestPrefetchRate: the rate is kept to.

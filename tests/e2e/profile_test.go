@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/erofs-oci/erofs-oci/backend"
 	"github.com/erofs-oci/erofs-oci/registry/profile"
 	"github.com/erofs-oci/erofs-oci/tests/require"
 	"github.com/erofs-oci/erofs-oci/tests/verifiable"
@@ -210,6 +211,89 @@ func TestRecordForeground(t *testing.T) {
 			t.Errorf("%v, %q", err, cmd.stderr.String())
 		}
 		s.nothingLeft(dir)
+	}
+}
+
+// TestRecordLost: that the last of a recording could not be written is said by who unmounts, and once; after umount(8)
+// by list, and in the log.
+func TestRecordLost(t *testing.T) {
+	im, s := served(t)
+	lost := func() (dir string) {
+		t.Helper()
+		profiles := filepath.Join(s.dir, "profiles")
+		must(t, os.Mkdir(profiles, 0o700))
+		dir = s.mount(im.ref, "--record="+filepath.Join(profiles, "p"))
+		pick(t, dir, bigFile, bigSize/2, 4096)
+		must(t, os.RemoveAll(profiles))
+		return dir
+	}
+	const why = "what was read last is missing in the profile: "
+	dir := lost()
+	if r := s.run(binary, "umount", dir); r.code != 1 || strings.Count(r.stderr, why) != 1 || strings.Count(r.stderr, "\n") != 1 {
+		t.Errorf("umount: %+v", r)
+	}
+	s.nothingLeft(dir)
+
+	dir = lost()
+	server := s.pidfd(dir)
+	must(t, unix.Unmount(dir, 0))
+	awaitEnd(t, server)
+	if e := s.entry(dir); e.State != "ended" || !strings.Contains(s.serverLog(dir), "the server has ended") || !strings.Contains(s.serverLog(dir), why) {
+		t.Errorf("%+v; the log is %q", e, s.serverLog(dir))
+	}
+	if out := s.must("list"); !strings.Contains(out, "ended: erofs-oci umount "+dir) {
+		t.Errorf("list says %q", out)
+	}
+	if r := s.run(binary, "umount", dir); r.code != 1 || strings.Count(r.stderr, why) != 1 {
+		t.Errorf("umount: %+v", r)
+	}
+	s.nothingLeft(dir)
+}
+
+// TestRecordGoesOn: a mount that fetches what a profile says and records to the same file, by whatever name, has lost
+// nothing of it when it is there, and adds what is read. One that is refused leaves it as it is.
+func TestRecordGoesOn(t *testing.T) {
+	im, s := served(t)
+	file, link := filepath.Join(s.dir, "app.profile"), filepath.Join(s.dir, "link")
+	must(t, os.Symlink(file, link))
+	dir := s.mount(im.ref, "--record="+file)
+	pick(t, dir, bigFile, bigSize/2, 4096)
+	s.must("umount", dir)
+	before := profiled(t, file, 1)
+	middle, end := s.chunkOf(im.ref, bigFile, bigSize/2), s.chunkOf(im.ref, bigFile, bigSize-4096)
+	if got := chunksOf(t, before); !got[middle] || got[end] {
+		t.Fatalf("recorded %v", got)
+	}
+	for _, record := range []string{file, link} {
+		dir = s.mount(im.ref, "--prefetch="+file, "--record="+record)
+		if now := profiled(t, file, 1); !maps.Equal(chunksOf(t, now), chunksOf(t, before)) {
+			t.Errorf("%s: when it is mounted: %v", record, chunksOf(t, now))
+		}
+		s.prefetched(dir, backend.PrefetchDone)
+		s.must("umount", dir)
+	}
+	dir = s.mount(im.ref, "--prefetch="+link, "--record="+file)
+	pick(t, dir, bigFile, bigSize-4096, 4096)
+	s.must("umount", dir)
+	now, want := profiled(t, file, 1), chunksOf(t, before)
+	want[end] = true
+	if got := chunksOf(t, now); !maps.Equal(got, want) {
+		t.Errorf("in the end: %v, want %v", got, want)
+	}
+	had := before.Blobs[0].Reads
+	if reads := now.Blobs[0].Reads; len(reads) < len(had) || !slices.Equal(reads[:len(had)], had) {
+		t.Errorf("what was there comes first: %v, of %v", had, reads)
+	}
+
+	damaged, err := profile.New([]profile.Blob{{Digest: now.Blobs[0].Digest, Size: now.Blobs[0].Size + 1}})
+	must(t, err)
+	must(t, profile.WriteFile(file, damaged))
+	r := s.run(binary, "mount", "--prefetch="+file, "--record="+file, im.ref, s.target())
+	if r.code != 1 || !strings.Contains(r.stderr, "--record: "+file) {
+		t.Errorf("another size: %+v", r)
+	}
+	if got := profiled(t, file, 1); got.Blobs[0].Size != damaged.Blobs[0].Size {
+		t.Errorf("another size: %+v", got)
 	}
 }
 

@@ -51,6 +51,7 @@ func probes() map[string]func() error {
 		"nbd-guest":       nbdGuest,
 		"debian":          debian,
 		"umoci":           program("umoci"),
+		"jq":              program("jq"),
 		"xz":              packaged("xz", "xz-utils"),
 		"zstd":            program("zstd"),
 	}
