@@ -145,7 +145,11 @@ func (p *program) cacheList(c *cli.Context, cache *blobcache.Cache) error {
 		if k.InUse {
 			state = "in use"
 		}
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\n", k.Digest, k.Size, k.Present, k.ChunkSize, used, state)
+		size := strconv.FormatInt(k.Size, 10)
+		if k.Damaged {
+			size, state = "-", state+"; the file is damaged: cache verify removes it"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%s\t%s\n", k.Digest, size, k.Present, k.ChunkSize, used, state)
 	}
 	return errors.Join(err, t.Flush())
 }
@@ -211,19 +215,40 @@ func (p *program) cacheVerify(c *cli.Context, cache *blobcache.Cache) error {
 		checks = append(checks, check)
 		return nil
 	})
-	var damaged int64
-	for _, check := range checks {
-		damaged += check.Damaged
-	}
 	if c.Bool("json") {
 		err = errors.Join(err, printJSON(p.stdout, checks))
 	} else {
 		err = errors.Join(err, printChecks(p.stdout, checks))
 	}
-	if damaged > 0 {
-		err = errors.Join(err, fmt.Errorf("%d chunks were damaged; they are removed, and will be fetched again when they are read", damaged))
+	return errors.Join(err, damage(checks))
+}
+
+// damage is an error that says what was found.
+func damage(checks []blobcache.Check) error {
+	var chunks, files, used int64
+	for _, check := range checks {
+		chunks += check.Damaged
+		switch {
+		case check.Broken && check.InUse:
+			used++
+		case check.Broken:
+			files++
+		}
 	}
-	return err
+	var errs []error
+	for _, found := range []struct {
+		n    int64
+		what string
+	}{
+		{chunks, "chunks were damaged; they are removed, and will be fetched again when they are read"},
+		{files, "files were damaged as a whole; they are removed, and will be fetched again when they are read"},
+		{used, "files are damaged as a whole and in use; unmount what reads them, then verify again"},
+	} {
+		if found.n > 0 {
+			errs = append(errs, fmt.Errorf("%d %s", found.n, found.what))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func printChecks(w io.Writer, checks []blobcache.Check) error {
@@ -233,6 +258,10 @@ func printChecks(w io.Writer, checks []blobcache.Check) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "DIGEST\tCHUNKS\tDAMAGED")
 	for _, check := range checks {
+		if check.Broken {
+			fmt.Fprintf(t, "%s\t-\tall\n", check.Digest)
+			continue
+		}
 		fmt.Fprintf(t, "%s\t%d\t%d\n", check.Digest, check.Chunks, check.Damaged)
 	}
 	return t.Flush()

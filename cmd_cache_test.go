@@ -2,7 +2,11 @@ package main
 
 import (
 	"log/slog"
+	"os"
+	"path/filepath"
 	"reflect"
+	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/erofs-oci/erofs-oci/registry/blobcache"
@@ -37,5 +41,57 @@ func TestKeepIsRecorded(t *testing.T) {
 	}
 	if o, err := keptOptions(a).options(slog.Default()); err != nil || o.MaxBytes != 1<<30 || o.Logger == nil {
 		t.Errorf("%+v, %v", o, err)
+	}
+}
+
+const cachedSize = 1 << 20
+
+// cached makes a cache directory in which all of some blobs is; their digests begin with these digits. It gives their
+// digests, and the names of their files.
+func cached(t *testing.T, digits ...string) (dir string, digests, files []string) {
+	t.Helper()
+	dir = t.TempDir()
+	c, err := blobcache.New(dir, blobcache.Options{MinFree: -1})
+	must(t, err)
+	for _, d := range digits {
+		hex := d + strings.Repeat("0", 64-len(d))
+		digests = append(digests, "sha256:"+hex)
+		b, err := c.Open("sha256:"+hex, cachedSize, pattern(cachedSize), blobcache.OpenOptions{})
+		must(t, err)
+		must(t, b.ReadAt(t.Context(), make([]byte, cachedSize), 0))
+		must(t, b.Close())
+		names, err := filepath.Glob(filepath.Join(dir, "v1", "sha256-"+hex+"*"))
+		must(t, err)
+		files = append(files, names...)
+	}
+	must(t, c.Close())
+	if len(files) != len(digits) {
+		t.Fatalf("files: %q", files)
+	}
+	return dir, digests, files
+}
+
+// TestBrokenCacheFiles: files that are broken are shown, counted as damage once, and gone.
+func TestBrokenCacheFiles(t *testing.T) {
+	dir, digests, files := cached(t, "a", "b", "c")
+	must(t, os.WriteFile(files[0], []byte("0123456789abcdef"), 0o600))
+	must(t, os.Truncate(files[1], 4096))
+	code, out, stderr := command(t, "cache", "ls", "--cache-dir="+dir)
+	for _, d := range digests[:2] {
+		if line := regexp.MustCompile(d + ` +- +0 +262144 +- +idle; the file is damaged: cache verify removes it\n`); !line.MatchString(out) {
+			t.Errorf("ls says nothing of %s:\n%s", d, out)
+		}
+	}
+	if stderr != "" || code != 0 || strings.Count(out, "\n") != 4 {
+		t.Errorf("ls: exit code %d, %q and\n%s", code, stderr, out)
+	}
+	code, out, stderr = command(t, "cache", "verify", "--cache-dir="+dir)
+	if code != exitFailure || !strings.Contains(stderr, "erofs-oci: 2 files were damaged as a whole; they are removed") ||
+		!regexp.MustCompile(digests[2]+` +4 +0\n(.* +- +all\n){2}$`).MatchString(out) {
+		t.Errorf("verify: exit code %d, %q and\n%s", code, stderr, out)
+	}
+	code, out, stderr = command(t, "cache", "verify", "--cache-dir="+dir)
+	if code != 0 || stderr != "" || strings.Count(out, "\n") != 2 {
+		t.Errorf("verify again: exit code %d, %q and\n%s", code, stderr, out)
 	}
 }

@@ -275,6 +275,13 @@ func (c *Cache) openFound(file string) (_ *disk, err error) {
 	if err != nil {
 		return nil, &headerError{f.Name(), err}
 	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() != l.end {
+		return nil, &headerError{f.Name(), fmt.Errorf("it is %d bytes long, and should be %d", info.Size(), l.end)}
+	}
 	d.layout = l
 	d.file = c.wrap(d.file, l)
 	return d, nil
