@@ -188,14 +188,15 @@ func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
 	if err := noOptions(c, c.Args().Slice(), "DIGEST"); err != nil {
 		return err
 	}
-	var freed int64
-	var errs []error
-	for _, arg := range c.Args().Slice() {
-		d, err := digest.Parse(arg)
-		if err != nil {
+	for _, arg := range c.Args().Slice() { // before anything is removed
+		if _, err := digest.Parse(arg); err != nil {
 			return usagef("%q: %w; want sha256:HEX", arg, err)
 		}
-		n, err := cache.Remove(d.String())
+	}
+	var freed int64
+	var errs []error
+	for _, d := range c.Args().Slice() {
+		n, err := cache.Remove(d)
 		freed, errs = freed+n, append(errs, err)
 	}
 	return errors.Join(append(errs, forgetRecords(cache), p.printFreed(c, freed))...)

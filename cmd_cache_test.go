@@ -95,3 +95,22 @@ func TestBrokenCacheFiles(t *testing.T) {
 		t.Errorf("verify again: exit code %d, %q and\n%s", code, stderr, out)
 	}
 }
+
+// TestRemoveReadsItsArguments: nothing is removed by a command line that makes no sense. One that names what is not there
+// removes the rest, and says how much that was.
+func TestRemoveReadsItsArguments(t *testing.T) {
+	dir, digests, files := cached(t, "a")
+	for _, bad := range []string{"sha256:x", "x", "", "--json"} {
+		code, out, stderr := command(t, "cache", "rm", "--cache-dir="+dir, digests[0], bad)
+		_, err := os.Stat(files[0])
+		if code != exitUsage || out != "" || !strings.Contains(stderr, bad) || err != nil {
+			t.Errorf("%q: exit code %d, %q, %q; %v", bad, code, out, stderr, err)
+		}
+	}
+	missing := "sha256:" + strings.Repeat("f", 64)
+	code, out, stderr := command(t, "cache", "rm", "--cache-dir="+dir, missing, digests[0])
+	_, err := os.Stat(files[0])
+	if code != exitFailure || !regexp.MustCompile(`^[1-9][0-9]* bytes freed\n$`).MatchString(out) || !strings.Contains(stderr, missing) || err == nil {
+		t.Errorf("exit code %d, %q, %q; %v", code, out, stderr, err)
+	}
+}
