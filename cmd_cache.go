@@ -35,8 +35,25 @@ type keepOptions struct {
 
 func readKeepOptions(c *cli.Context) (keepOptions, error) {
 	k := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free"), paranoid: c.Bool("paranoid")}
-	_, err := k.options(nil)
-	return k, err
+	if err := notEmpty(c, "cache-size", "a size, as 20GiB, or unlimited"); err != nil {
+		return k, err
+	}
+	if err := notEmpty(c, "cache-min-free", "a size, as 1GiB, or 0"); err != nil {
+		return k, err
+	}
+	return k, k.check()
+}
+
+// leastCacheSize is what readers have a use for: less than a few chunks is a unit that was forgotten.
+const leastCacheSize = 1 << 20
+
+// check says what is wrong with flags that were given.
+func (k keepOptions) check() error {
+	o, err := k.options(nil)
+	if err == nil && k.size != "" && o.MaxBytes >= 0 && o.MaxBytes < leastCacheSize {
+		err = usagef("--cache-size %s: want 1MiB or more, or unlimited", k.size)
+	}
+	return err
 }
 
 // keptOptions are those of a recorded mount.
@@ -53,9 +70,7 @@ func (k keepOptions) options(log *slog.Logger) (blobcache.Options, error) {
 	case "unlimited":
 		o.MaxBytes = -1
 	default:
-		if o.MaxBytes, err = parseSize("cache-size", k.size); err == nil && o.MaxBytes == 0 {
-			err = usagef("--cache-size 0: want 1MiB or more, or unlimited")
-		}
+		o.MaxBytes, err = parseSize("cache-size", k.size)
 	}
 	if err != nil || k.minFree == "" {
 		return o, err
@@ -106,7 +121,10 @@ func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache
 	if c.Command.Name != "rm" && c.NArg() != 0 {
 		return usagef("cache %s takes no arguments", c.Command.Name)
 	}
-	keep := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free")}
+	keep, err := readKeepOptions(c)
+	if err != nil {
+		return err
+	}
 	log, err := p.newServerLog(c)
 	if err != nil {
 		return err

@@ -18,15 +18,16 @@ func TestKeepOptions(t *testing.T) {
 		want blobcache.Options
 	}{
 		{keepOptions{}, blobcache.Options{}},
+		{keepOptions{size: "1MiB"}, blobcache.Options{MaxBytes: 1 << 20}},
 		{keepOptions{size: "unlimited", minFree: "0"}, blobcache.Options{MaxBytes: -1, MinFree: -1}},
 		{keepOptions{size: "2GiB", minFree: "1T", paranoid: true}, blobcache.Options{MaxBytes: 2 << 30, MinFree: 1 << 40, Paranoid: true}},
 	} {
-		if got, err := c.keep.options(nil); err != nil || !reflect.DeepEqual(got, c.want) {
+		if got, err := c.keep.options(nil); err != nil || c.keep.check() != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%+v: %+v, %v; want %+v", c.keep, got, err, c.want)
 		}
 	}
-	for _, k := range []keepOptions{{size: "0"}, {size: "10%"}, {size: "none"}, {size: "-1"}, {minFree: "x"}, {minFree: "1.5G"}, {size: "9223372036854775807T"}} {
-		if _, err := k.options(nil); exitCode(err) != exitUsage {
+	for _, k := range []keepOptions{{size: "0"}, {size: "1"}, {size: "1023KiB"}, {size: "10%"}, {size: "none"}, {size: "-1"}, {minFree: "x"}, {minFree: "1.5G"}, {size: "9223372036854775807T"}} {
+		if err := k.check(); err == nil || exitCode(err) != exitUsage {
 			t.Errorf("%+v: %v", k, err)
 		}
 	}
@@ -112,5 +113,24 @@ func TestRemoveReadsItsArguments(t *testing.T) {
 	_, err := os.Stat(files[0])
 	if code != exitFailure || !regexp.MustCompile(`^[1-9][0-9]* bytes freed\n$`).MatchString(out) || !strings.Contains(stderr, missing) || err == nil {
 		t.Errorf("exit code %d, %q, %q; %v", code, out, stderr, err)
+	}
+}
+
+// TestEmptyIsNoDefault: a flag whose value is an empty variable is an error, and not the flag that was not given.
+func TestEmptyIsNoDefault(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"check", "--on-error=wait:1ms", "--verify=", "127.0.0.1:1/x:v1"}, "--verify needs auto, require or off"},
+		{[]string{"ls", "--on-error=wait:1ms", "--cache-size=", "127.0.0.1:1/x:v1"}, "--cache-size needs a size"},
+		{[]string{"ls", "--on-error=wait:1ms", "--cache-min-free=", "127.0.0.1:1/x:v1"}, "--cache-min-free needs a size"},
+		{[]string{"cache", "du", "--cache-size="}, "--cache-size needs a size"},
+		{[]string{"cache", "du", "--cache-min-free="}, "--cache-min-free needs a size"},
+		{[]string{"cache", "du", "--cache-size=1"}, "--cache-size 1: want 1MiB or more"},
+	} {
+		if code, out, stderr := command(t, c.args...); code != exitUsage || out != "" || !strings.HasPrefix(stderr, "erofs-oci: "+c.want) {
+			t.Errorf("%q: exit code %d, %q", c.args, code, stderr)
+		}
 	}
 }

@@ -45,6 +45,14 @@ func noOptions(c *cli.Context, args []string, first string) error {
 	return nil
 }
 
+// notEmpty refuses a flag that was given without a value: a variable that is empty by mistake must not mean the default.
+func notEmpty(c *cli.Context, flag, want string) error {
+	if c.IsSet(flag) && c.String(flag) == "" {
+		return usagef("--%s needs %s", flag, want)
+	}
+	return nil
+}
+
 func jsonFlag() cli.Flag {
 	return &cli.BoolFlag{Name: "json", Usage: "print JSON"}
 }
