@@ -85,7 +85,7 @@ func (p *program) cacheCommand() *cli.Command {
 	dir := func() cli.Flag {
 		return &cli.StringFlag{Name: "cache-dir", Usage: "the cache below `DIR` (default: that of mount)"}
 	}
-	command := func(name, args, usage string, action func(*cli.Context, *blobcache.Cache) error, flags ...cli.Flag) *cli.Command {
+	command := func(name, args, usage string, action func(*cli.Context, cacheLook) error, flags ...cli.Flag) *cli.Command {
 		return &cli.Command{
 			Name: name, Usage: usage, ArgsUsage: args, OnUsageError: usageError,
 			Flags:  append(append(flags, logFlags()...), dir(), jsonFlag()),
@@ -116,8 +116,8 @@ func (p *program) cacheCommand() *cli.Command {
 	}
 }
 
-// withCache opens the cache for a command.
-func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache.Cache) error) (err error) {
+// withCache opens the cache for a command. None of them makes one.
+func (p *program) withCache(c *cli.Context, action func(*cli.Context, cacheLook) error) (err error) {
 	if c.Command.Name != "rm" && c.NArg() != 0 {
 		return usagef("cache %s takes no arguments", c.Command.Name)
 	}
@@ -133,20 +133,20 @@ func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache
 	if err != nil {
 		return err
 	}
-	dir, err := p.cacheDir(c.String("cache-dir"), os.Geteuid())
+	dir, err := p.existingCacheDir(c.String("cache-dir"), os.Geteuid())
 	if err != nil {
 		return err
 	}
-	cache, err := blobcache.New(dir, o)
+	cache, err := lookAtCache(dir, o)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, cache.Close()) }()
+	defer func() { err = errors.Join(err, cache.close()) }()
 	return action(c, cache)
 }
 
-func (p *program) cacheList(c *cli.Context, cache *blobcache.Cache) error {
-	list, err := cache.List()
+func (p *program) cacheList(c *cli.Context, cache cacheLook) error {
+	list, err := cache.list()
 	if c.Bool("json") {
 		return errors.Join(err, printJSON(p.stdout, list))
 	}
@@ -172,8 +172,8 @@ func (p *program) cacheList(c *cli.Context, cache *blobcache.Cache) error {
 	return errors.Join(err, t.Flush())
 }
 
-func (p *program) cacheUsage(c *cli.Context, cache *blobcache.Cache) error {
-	u, err := cache.Usage()
+func (p *program) cacheUsage(c *cli.Context, cache cacheLook) error {
+	u, err := cache.usage()
 	if err != nil {
 		return err
 	}
@@ -190,16 +190,16 @@ func (p *program) cacheUsage(c *cli.Context, cache *blobcache.Cache) error {
 	return t.Flush()
 }
 
-func (p *program) cachePrune(c *cli.Context, cache *blobcache.Cache) error {
+func (p *program) cachePrune(c *cli.Context, cache cacheLook) error {
 	keep, err := parseSize("keep", c.String("keep"))
 	if err != nil {
 		return err
 	}
-	freed, err := cache.Prune(keep)
-	return errors.Join(err, forgetRecords(cache), p.printFreed(c, freed))
+	freed, err := cache.prune(keep)
+	return errors.Join(err, p.printFreed(c, freed))
 }
 
-func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
+func (p *program) cacheRemove(c *cli.Context, cache cacheLook) error {
 	if c.NArg() == 0 {
 		return usagef("cache rm takes the digests that cache ls shows")
 	}
@@ -211,13 +211,8 @@ func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
 			return usagef("%q: %w; want sha256:HEX", arg, err)
 		}
 	}
-	var freed int64
-	var errs []error
-	for _, d := range c.Args().Slice() {
-		n, err := cache.Remove(d)
-		freed, errs = freed+n, append(errs, err)
-	}
-	return errors.Join(append(errs, forgetRecords(cache), p.printFreed(c, freed))...)
+	freed, err := cache.remove(c.Args().Slice())
+	return errors.Join(err, p.printFreed(c, freed))
 }
 
 func (p *program) printFreed(c *cli.Context, freed int64) error {
@@ -228,12 +223,8 @@ func (p *program) printFreed(c *cli.Context, freed int64) error {
 	return err
 }
 
-func (p *program) cacheVerify(c *cli.Context, cache *blobcache.Cache) error {
-	checks := []blobcache.Check{}
-	err := cache.Verify(c.Context, func(check blobcache.Check) error {
-		checks = append(checks, check)
-		return nil
-	})
+func (p *program) cacheVerify(c *cli.Context, cache cacheLook) error {
+	checks, err := cache.verify(c.Context)
 	if c.Bool("json") {
 		err = errors.Join(err, printJSON(p.stdout, checks))
 	} else {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -131,6 +132,74 @@ func TestEmptyIsNoDefault(t *testing.T) {
 	} {
 		if code, out, stderr := command(t, c.args...); code != exitUsage || out != "" || !strings.HasPrefix(stderr, "erofs-oci: "+c.want) {
 			t.Errorf("%q: exit code %d, %q", c.args, code, stderr)
+		}
+	}
+}
+
+// TestLookingMakesNothing: who only looks at the cache makes no directory. The usual one that is not there yet is an empty
+// cache; one that was named is a mistake.
+func TestLookingMakesNothing(t *testing.T) {
+	digest := "sha256:" + strings.Repeat("a", 64)
+	home := t.TempDir()
+	t.Setenv("XDG_CACHE_HOME", filepath.Join(home, "caches"))
+	usual := filepath.Join(home, "caches", "erofs-oci")
+	untouched := func(t *testing.T) {
+		t.Helper()
+		if left, err := os.ReadDir(home); err != nil || len(left) != 0 {
+			t.Errorf("there is %v now; %v", left, err)
+		}
+	}
+	for _, c := range []struct {
+		args   []string
+		code   int
+		out    string // a pattern
+		stderr string
+	}{
+		{[]string{"ls"}, 0, `^$`, ""},
+		{[]string{"ls", "--json"}, 0, `^\[\]\n$`, ""},
+		{[]string{"verify"}, 0, `^$`, ""},
+		{[]string{"verify", "--json"}, 0, `^\[\]\n$`, ""},
+		{[]string{"prune"}, 0, `^0 bytes freed\n$`, ""},
+		{[]string{"prune", "--json"}, 0, `"freed": 0`, ""},
+		{[]string{"du"}, 0, `^directory +` + usual + `\nblobs +0\nkept +0 bytes\nlimit +[1-9]`, ""},
+		{[]string{"du", "--json", "--cache-size=3MiB", "--cache-min-free=0"}, 0, `"limit": 3145728,\n *"free": [1-9][0-9]*,\n *"min_free": 0\n`, ""},
+		{[]string{"rm", digest}, exitFailure, `^0 bytes freed\n$`, "erofs-oci: blob " + digest + " is not in the cache: " + usual + " does not exist\n"},
+	} {
+		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
+			code, out, stderr := command(t, append([]string{"cache"}, c.args...)...)
+			if code != c.code || !regexp.MustCompile(c.out).MatchString(out) || stderr != c.stderr {
+				t.Errorf("usual: exit code %d, %q, %q", code, out, stderr)
+			}
+			untouched(t)
+			typo := filepath.Join(home, "typo")
+			named := slices.Insert(slices.Clone(c.args), 1, "--cache-dir="+typo)
+			code, out, stderr = command(t, append([]string{"cache"}, named...)...)
+			if code != exitFailure || out != "" || stderr != "erofs-oci: cache directory "+typo+" does not exist; look at --cache-dir\n" {
+				t.Errorf("named: exit code %d, %q, %q", code, out, stderr)
+			}
+			untouched(t)
+		})
+	}
+	for flag, want := range map[string]string{
+		"--offline": "127.0.0.1:1/x:v1: nothing is kept in " + usual + ": " + errNeverMounted.Error(),
+		"--cache-dir=" + filepath.Join(home, "typo"): "cache directory " + filepath.Join(home, "typo") + " does not exist; look at --cache-dir",
+	} {
+		code, _, stderr := command(t, "ls", "--offline", flag, "127.0.0.1:1/x:v1")
+		if code != exitFailure || stderr != "erofs-oci: "+want+"\n" {
+			t.Errorf("%s: exit code %d, %q", flag, code, stderr)
+		}
+		untouched(t)
+	}
+}
+
+// A directory that is there, and in which no cache was made yet, is an empty one, and stays as it is.
+func TestLookingIntoAnEmptyDirectory(t *testing.T) {
+	dir := t.TempDir()
+	for _, args := range [][]string{{"ls"}, {"du"}, {"verify"}, {"prune"}} {
+		code, _, stderr := command(t, append([]string{"cache"}, append(args, "--cache-dir="+dir)...)...)
+		left, err := os.ReadDir(dir)
+		if code != 0 || stderr != "" || err != nil || len(left) > 0 {
+			t.Errorf("%s: exit code %d, %q; there is %v now; %v", args, code, stderr, left, err)
 		}
 	}
 }

@@ -147,6 +147,24 @@ func (c *Cache) Usage() (Usage, error) {
 	})
 }
 
+// UsageOfNone is the Usage of a directory that is not there yet: a cache in it would keep to these limits.
+func UsageOfNone(dir string, o Options) (Usage, error) {
+	u := Usage{Directory: dir}
+	var st unix.Statfs_t
+	at := filepath.Clean(dir)
+	err := unix.Statfs(at, &st)
+	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
+		at = filepath.Dir(at)
+		err = unix.Statfs(at, &st)
+	}
+	if err != nil {
+		return u, fmt.Errorf("statfs %s: %w", at, err)
+	}
+	u.Limit, u.MinFree = o.limits(st)
+	u.MinFree, u.Free = max(u.MinFree, 0), int64(st.Bavail)*st.Frsize
+	return u, nil
+}
+
 // Prune evicts what was not read for longest until no more than keep bytes are kept, and says how many it gave back.
 // What is in use stays.
 func (c *Cache) Prune(keep int64) (freed int64, err error) {
