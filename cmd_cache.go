@@ -35,8 +35,25 @@ type keepOptions struct {
 
 func readKeepOptions(c *cli.Context) (keepOptions, error) {
 	k := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free"), paranoid: c.Bool("paranoid")}
-	_, err := k.options(nil)
-	return k, err
+	if err := notEmpty(c, "cache-size", "a size, as 20GiB, or unlimited"); err != nil {
+		return k, err
+	}
+	if err := notEmpty(c, "cache-min-free", "a size, as 1GiB, or 0"); err != nil {
+		return k, err
+	}
+	return k, k.check()
+}
+
+// leastCacheSize is what readers have a use for: less than a few chunks is a unit that was forgotten.
+const leastCacheSize = 1 << 20
+
+// check says what is wrong with flags that were given.
+func (k keepOptions) check() error {
+	o, err := k.options(nil)
+	if err == nil && k.size != "" && o.MaxBytes >= 0 && o.MaxBytes < leastCacheSize {
+		err = usagef("--cache-size %s: want 1MiB or more, or unlimited", k.size)
+	}
+	return err
 }
 
 // keptOptions are those of a recorded mount.
@@ -53,9 +70,7 @@ func (k keepOptions) options(log *slog.Logger) (blobcache.Options, error) {
 	case "unlimited":
 		o.MaxBytes = -1
 	default:
-		if o.MaxBytes, err = parseSize("cache-size", k.size); err == nil && o.MaxBytes == 0 {
-			err = usagef("--cache-size 0: want 1MiB or more, or unlimited")
-		}
+		o.MaxBytes, err = parseSize("cache-size", k.size)
 	}
 	if err != nil || k.minFree == "" {
 		return o, err
@@ -70,7 +85,7 @@ func (p *program) cacheCommand() *cli.Command {
 	dir := func() cli.Flag {
 		return &cli.StringFlag{Name: "cache-dir", Usage: "the cache below `DIR` (default: that of mount)"}
 	}
-	command := func(name, args, usage string, action func(*cli.Context, *blobcache.Cache) error, flags ...cli.Flag) *cli.Command {
+	command := func(name, args, usage string, action func(*cli.Context, cacheLook) error, flags ...cli.Flag) *cli.Command {
 		return &cli.Command{
 			Name: name, Usage: usage, ArgsUsage: args, OnUsageError: usageError,
 			Flags:  append(append(flags, logFlags()...), dir(), jsonFlag()),
@@ -101,12 +116,15 @@ func (p *program) cacheCommand() *cli.Command {
 	}
 }
 
-// withCache opens the cache for a command.
-func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache.Cache) error) (err error) {
+// withCache opens the cache for a command. None of them makes one.
+func (p *program) withCache(c *cli.Context, action func(*cli.Context, cacheLook) error) (err error) {
 	if c.Command.Name != "rm" && c.NArg() != 0 {
 		return usagef("cache %s takes no arguments", c.Command.Name)
 	}
-	keep := keepOptions{size: c.String("cache-size"), minFree: c.String("cache-min-free")}
+	keep, err := readKeepOptions(c)
+	if err != nil {
+		return err
+	}
 	log, err := p.newServerLog(c)
 	if err != nil {
 		return err
@@ -115,20 +133,20 @@ func (p *program) withCache(c *cli.Context, action func(*cli.Context, *blobcache
 	if err != nil {
 		return err
 	}
-	dir, err := p.cacheDir(c.String("cache-dir"), os.Geteuid())
+	dir, err := p.existingCacheDir(c.String("cache-dir"), os.Geteuid())
 	if err != nil {
 		return err
 	}
-	cache, err := blobcache.New(dir, o)
+	cache, err := lookAtCache(dir, o)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, cache.Close()) }()
+	defer func() { err = errors.Join(err, cache.close()) }()
 	return action(c, cache)
 }
 
-func (p *program) cacheList(c *cli.Context, cache *blobcache.Cache) error {
-	list, err := cache.List()
+func (p *program) cacheList(c *cli.Context, cache cacheLook) error {
+	list, err := cache.list()
 	if c.Bool("json") {
 		return errors.Join(err, printJSON(p.stdout, list))
 	}
@@ -145,13 +163,17 @@ func (p *program) cacheList(c *cli.Context, cache *blobcache.Cache) error {
 		if k.InUse {
 			state = "in use"
 		}
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\n", k.Digest, k.Size, k.Present, k.ChunkSize, used, state)
+		size := strconv.FormatInt(k.Size, 10)
+		if k.Damaged {
+			size, state = "-", state+"; the file is damaged: cache verify removes it"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%s\t%s\n", k.Digest, size, k.Present, k.ChunkSize, used, state)
 	}
 	return errors.Join(err, t.Flush())
 }
 
-func (p *program) cacheUsage(c *cli.Context, cache *blobcache.Cache) error {
-	u, err := cache.Usage()
+func (p *program) cacheUsage(c *cli.Context, cache cacheLook) error {
+	u, err := cache.usage()
 	if err != nil {
 		return err
 	}
@@ -168,33 +190,29 @@ func (p *program) cacheUsage(c *cli.Context, cache *blobcache.Cache) error {
 	return t.Flush()
 }
 
-func (p *program) cachePrune(c *cli.Context, cache *blobcache.Cache) error {
+func (p *program) cachePrune(c *cli.Context, cache cacheLook) error {
 	keep, err := parseSize("keep", c.String("keep"))
 	if err != nil {
 		return err
 	}
-	freed, err := cache.Prune(keep)
-	return errors.Join(err, forgetRecords(cache), p.printFreed(c, freed))
+	freed, err := cache.prune(keep)
+	return errors.Join(err, p.printFreed(c, freed))
 }
 
-func (p *program) cacheRemove(c *cli.Context, cache *blobcache.Cache) error {
+func (p *program) cacheRemove(c *cli.Context, cache cacheLook) error {
 	if c.NArg() == 0 {
 		return usagef("cache rm takes the digests that cache ls shows")
 	}
 	if err := noOptions(c, c.Args().Slice(), "DIGEST"); err != nil {
 		return err
 	}
-	var freed int64
-	var errs []error
-	for _, arg := range c.Args().Slice() {
-		d, err := digest.Parse(arg)
-		if err != nil {
+	for _, arg := range c.Args().Slice() { // before anything is removed
+		if _, err := digest.Parse(arg); err != nil {
 			return usagef("%q: %w; want sha256:HEX", arg, err)
 		}
-		n, err := cache.Remove(d.String())
-		freed, errs = freed+n, append(errs, err)
 	}
-	return errors.Join(append(errs, forgetRecords(cache), p.printFreed(c, freed))...)
+	freed, err := cache.remove(c.Args().Slice())
+	return errors.Join(err, p.printFreed(c, freed))
 }
 
 func (p *program) printFreed(c *cli.Context, freed int64) error {
@@ -205,25 +223,42 @@ func (p *program) printFreed(c *cli.Context, freed int64) error {
 	return err
 }
 
-func (p *program) cacheVerify(c *cli.Context, cache *blobcache.Cache) error {
-	checks := []blobcache.Check{}
-	err := cache.Verify(c.Context, func(check blobcache.Check) error {
-		checks = append(checks, check)
-		return nil
-	})
-	var damaged int64
-	for _, check := range checks {
-		damaged += check.Damaged
-	}
+func (p *program) cacheVerify(c *cli.Context, cache cacheLook) error {
+	checks, err := cache.verify(c.Context)
 	if c.Bool("json") {
 		err = errors.Join(err, printJSON(p.stdout, checks))
 	} else {
 		err = errors.Join(err, printChecks(p.stdout, checks))
 	}
-	if damaged > 0 {
-		err = errors.Join(err, fmt.Errorf("%d chunks were damaged; they are removed, and will be fetched again when they are read", damaged))
+	return errors.Join(err, damage(checks))
+}
+
+// damage is an error that says what was found.
+func damage(checks []blobcache.Check) error {
+	var chunks, files, used int64
+	for _, check := range checks {
+		chunks += check.Damaged
+		switch {
+		case check.Broken && check.InUse:
+			used++
+		case check.Broken:
+			files++
+		}
 	}
-	return err
+	var errs []error
+	for _, found := range []struct {
+		n    int64
+		what string
+	}{
+		{chunks, "chunks were damaged; they are removed, and will be fetched again when they are read"},
+		{files, "files were damaged as a whole; they are removed, and will be fetched again when they are read"},
+		{used, "files are damaged as a whole and in use; unmount what reads them, then verify again"},
+	} {
+		if found.n > 0 {
+			errs = append(errs, fmt.Errorf("%d %s", found.n, found.what))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func printChecks(w io.Writer, checks []blobcache.Check) error {
@@ -233,6 +268,10 @@ func printChecks(w io.Writer, checks []blobcache.Check) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "DIGEST\tCHUNKS\tDAMAGED")
 	for _, check := range checks {
+		if check.Broken {
+			fmt.Fprintf(t, "%s\t-\tall\n", check.Digest)
+			continue
+		}
 		fmt.Fprintf(t, "%s\t%d\t%d\n", check.Digest, check.Chunks, check.Damaged)
 	}
 	return t.Flush()

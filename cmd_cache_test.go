@@ -2,7 +2,12 @@ package main
 
 import (
 	"log/slog"
+	"os"
+	"path/filepath"
 	"reflect"
+	"regexp"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -16,15 +21,16 @@ func TestKeepOptions(t *testing.T) {
 		want blobcache.Options
 	}{
 		{keepOptions{}, blobcache.Options{}},
+		{keepOptions{size: "1MiB"}, blobcache.Options{MaxBytes: 1 << 20}},
 		{keepOptions{size: "unlimited", minFree: "0"}, blobcache.Options{MaxBytes: -1, MinFree: -1}},
 		{keepOptions{size: "2GiB", minFree: "1T", paranoid: true}, blobcache.Options{MaxBytes: 2 << 30, MinFree: 1 << 40, Paranoid: true}},
 	} {
-		if got, err := c.keep.options(nil); err != nil || !reflect.DeepEqual(got, c.want) {
+		if got, err := c.keep.options(nil); err != nil || c.keep.check() != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%+v: %+v, %v; want %+v", c.keep, got, err, c.want)
 		}
 	}
-	for _, k := range []keepOptions{{size: "0"}, {size: "10%"}, {size: "none"}, {size: "-1"}, {minFree: "x"}, {minFree: "1.5G"}, {size: "9223372036854775807T"}} {
-		if _, err := k.options(nil); exitCode(err) != exitUsage {
+	for _, k := range []keepOptions{{size: "0"}, {size: "1"}, {size: "1023KiB"}, {size: "10%"}, {size: "none"}, {size: "-1"}, {minFree: "x"}, {minFree: "1.5G"}, {size: "9223372036854775807T"}} {
+		if err := k.check(); err == nil || exitCode(err) != exitUsage {
 			t.Errorf("%+v: %v", k, err)
 		}
 	}
@@ -55,6 +61,164 @@ func TestPatienceWithOthers(t *testing.T) {
 		s := &sourceOptions{client: registry.Options{ErrorWait: c.wait}, offline: c.offline}
 		if o, err := s.cacheOptions(slog.Default()); err != nil || o.Patience != c.want || o.Waiting == nil {
 			t.Errorf("wait of %v: patience of %v, %v; want %v", c.wait, o.Patience, err, c.want)
+		}
+	}
+}
+
+const cachedSize = 1 << 20
+
+// cached makes a cache directory in which all of some blobs is; their digests begin with these digits. It gives their
+// digests, and the names of their files.
+func cached(t *testing.T, digits ...string) (dir string, digests, files []string) {
+	t.Helper()
+	dir = t.TempDir()
+	c, err := blobcache.New(dir, blobcache.Options{MinFree: -1})
+	must(t, err)
+	for _, d := range digits {
+		hex := d + strings.Repeat("0", 64-len(d))
+		digests = append(digests, "sha256:"+hex)
+		b, err := c.Open("sha256:"+hex, cachedSize, pattern(cachedSize), blobcache.OpenOptions{})
+		must(t, err)
+		must(t, b.ReadAt(t.Context(), make([]byte, cachedSize), 0))
+		must(t, b.Close())
+		names, err := filepath.Glob(filepath.Join(dir, "v1", "sha256-"+hex+"*"))
+		must(t, err)
+		files = append(files, names...)
+	}
+	must(t, c.Close())
+	if len(files) != len(digits) {
+		t.Fatalf("files: %q", files)
+	}
+	return dir, digests, files
+}
+
+// TestBrokenCacheFiles: files that are broken are shown, counted as damage once, and gone.
+func TestBrokenCacheFiles(t *testing.T) {
+	dir, digests, files := cached(t, "a", "b", "c")
+	must(t, os.WriteFile(files[0], []byte("0123456789abcdef"), 0o600))
+	must(t, os.Truncate(files[1], 4096))
+	code, out, stderr := command(t, "cache", "ls", "--cache-dir="+dir)
+	for _, d := range digests[:2] {
+		if line := regexp.MustCompile(d + ` +- +0 +262144 +- +idle; the file is damaged: cache verify removes it\n`); !line.MatchString(out) {
+			t.Errorf("ls says nothing of %s:\n%s", d, out)
+		}
+	}
+	if stderr != "" || code != 0 || strings.Count(out, "\n") != 4 {
+		t.Errorf("ls: exit code %d, %q and\n%s", code, stderr, out)
+	}
+	code, out, stderr = command(t, "cache", "verify", "--cache-dir="+dir)
+	if code != exitFailure || !strings.Contains(stderr, "erofs-oci: 2 files were damaged as a whole; they are removed") ||
+		!regexp.MustCompile(digests[2]+` +4 +0\n(.* +- +all\n){2}$`).MatchString(out) {
+		t.Errorf("verify: exit code %d, %q and\n%s", code, stderr, out)
+	}
+	code, out, stderr = command(t, "cache", "verify", "--cache-dir="+dir)
+	if code != 0 || stderr != "" || strings.Count(out, "\n") != 2 {
+		t.Errorf("verify again: exit code %d, %q and\n%s", code, stderr, out)
+	}
+}
+
+// TestRemoveReadsItsArguments: nothing is removed by a command line that makes no sense. One that names what is not there
+// removes the rest, and says how much that was.
+func TestRemoveReadsItsArguments(t *testing.T) {
+	dir, digests, files := cached(t, "a")
+	for _, bad := range []string{"sha256:x", "x", "", "--json"} {
+		code, out, stderr := command(t, "cache", "rm", "--cache-dir="+dir, digests[0], bad)
+		_, err := os.Stat(files[0])
+		if code != exitUsage || out != "" || !strings.Contains(stderr, bad) || err != nil {
+			t.Errorf("%q: exit code %d, %q, %q; %v", bad, code, out, stderr, err)
+		}
+	}
+	missing := "sha256:" + strings.Repeat("f", 64)
+	code, out, stderr := command(t, "cache", "rm", "--cache-dir="+dir, missing, digests[0])
+	_, err := os.Stat(files[0])
+	if code != exitFailure || !regexp.MustCompile(`^[1-9][0-9]* bytes freed\n$`).MatchString(out) || !strings.Contains(stderr, missing) || err == nil {
+		t.Errorf("exit code %d, %q, %q; %v", code, out, stderr, err)
+	}
+}
+
+// TestEmptyIsNoDefault: a flag whose value is an empty variable is an error, and not the flag that was not given.
+func TestEmptyIsNoDefault(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"check", "--on-error=wait:1ms", "--verify=", "127.0.0.1:1/x:v1"}, "--verify needs auto, require or off"},
+		{[]string{"ls", "--on-error=wait:1ms", "--cache-size=", "127.0.0.1:1/x:v1"}, "--cache-size needs a size"},
+		{[]string{"ls", "--on-error=wait:1ms", "--cache-min-free=", "127.0.0.1:1/x:v1"}, "--cache-min-free needs a size"},
+		{[]string{"cache", "du", "--cache-size="}, "--cache-size needs a size"},
+		{[]string{"cache", "du", "--cache-min-free="}, "--cache-min-free needs a size"},
+		{[]string{"cache", "du", "--cache-size=1"}, "--cache-size 1: want 1MiB or more"},
+	} {
+		if code, out, stderr := command(t, c.args...); code != exitUsage || out != "" || !strings.HasPrefix(stderr, "erofs-oci: "+c.want) {
+			t.Errorf("%q: exit code %d, %q", c.args, code, stderr)
+		}
+	}
+}
+
+// TestLookingMakesNothing: who only looks at the cache makes no directory. The usual one that is not there yet is an empty
+// cache; one that was named is a mistake.
+func TestLookingMakesNothing(t *testing.T) {
+	digest := "sha256:" + strings.Repeat("a", 64)
+	home := t.TempDir()
+	t.Setenv("XDG_CACHE_HOME", filepath.Join(home, "caches"))
+	usual := filepath.Join(home, "caches", "erofs-oci")
+	untouched := func(t *testing.T) {
+		t.Helper()
+		if left, err := os.ReadDir(home); err != nil || len(left) != 0 {
+			t.Errorf("there is %v now; %v", left, err)
+		}
+	}
+	for _, c := range []struct {
+		args   []string
+		code   int
+		out    string // a pattern
+		stderr string
+	}{
+		{[]string{"ls"}, 0, `^$`, ""},
+		{[]string{"ls", "--json"}, 0, `^\[\]\n$`, ""},
+		{[]string{"verify"}, 0, `^$`, ""},
+		{[]string{"verify", "--json"}, 0, `^\[\]\n$`, ""},
+		{[]string{"prune"}, 0, `^0 bytes freed\n$`, ""},
+		{[]string{"prune", "--json"}, 0, `"freed": 0`, ""},
+		{[]string{"du"}, 0, `^directory +` + usual + `\nblobs +0\nkept +0 bytes\nlimit +[1-9]`, ""},
+		{[]string{"du", "--json", "--cache-size=3MiB", "--cache-min-free=0"}, 0, `"limit": 3145728,\n *"free": [1-9][0-9]*,\n *"min_free": 0\n`, ""},
+		{[]string{"rm", digest}, exitFailure, `^0 bytes freed\n$`, "erofs-oci: blob " + digest + " is not in the cache: " + usual + " does not exist\n"},
+	} {
+		t.Run(strings.Join(c.args, " "), func(t *testing.T) {
+			code, out, stderr := command(t, append([]string{"cache"}, c.args...)...)
+			if code != c.code || !regexp.MustCompile(c.out).MatchString(out) || stderr != c.stderr {
+				t.Errorf("usual: exit code %d, %q, %q", code, out, stderr)
+			}
+			untouched(t)
+			typo := filepath.Join(home, "typo")
+			named := slices.Insert(slices.Clone(c.args), 1, "--cache-dir="+typo)
+			code, out, stderr = command(t, append([]string{"cache"}, named...)...)
+			if code != exitFailure || out != "" || stderr != "erofs-oci: cache directory "+typo+" does not exist; look at --cache-dir\n" {
+				t.Errorf("named: exit code %d, %q, %q", code, out, stderr)
+			}
+			untouched(t)
+		})
+	}
+	for flag, want := range map[string]string{
+		"--offline": "127.0.0.1:1/x:v1: nothing is kept in " + usual + ": " + errNeverMounted.Error(),
+		"--cache-dir=" + filepath.Join(home, "typo"): "cache directory " + filepath.Join(home, "typo") + " does not exist; look at --cache-dir",
+	} {
+		code, _, stderr := command(t, "ls", "--offline", flag, "127.0.0.1:1/x:v1")
+		if code != exitFailure || stderr != "erofs-oci: "+want+"\n" {
+			t.Errorf("%s: exit code %d, %q", flag, code, stderr)
+		}
+		untouched(t)
+	}
+}
+
+// A directory that is there, and in which no cache was made yet, is an empty one, and stays as it is.
+func TestLookingIntoAnEmptyDirectory(t *testing.T) {
+	dir := t.TempDir()
+	for _, args := range [][]string{{"ls"}, {"du"}, {"verify"}, {"prune"}} {
+		code, _, stderr := command(t, append([]string{"cache"}, append(args, "--cache-dir="+dir)...)...)
+		left, err := os.ReadDir(dir)
+		if code != 0 || stderr != "" || err != nil || len(left) > 0 {
+			t.Errorf("%s: exit code %d, %q; there is %v now; %v", args, code, stderr, left, err)
 		}
 	}
 }

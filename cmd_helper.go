@@ -20,7 +20,7 @@ func (p *program) helperCommand() *cli.Command {
 	dir := &cli.StringFlag{Name: "dir", Value: helperDir, Usage: "use `DIR`; mount(8) looks in " + helperDir}
 	command := func(name, usage string, do func(dir string) (string, error)) *cli.Command {
 		return &cli.Command{
-			Name: name, Usage: usage, ArgsUsage: " ", Flags: []cli.Flag{dir}, OnUsageError: helperUsageError,
+			Name: name, Usage: usage, ArgsUsage: " ", Flags: []cli.Flag{dir}, OnUsageError: usageError,
 			Action: func(c *cli.Context) error {
 				if c.NArg() != 0 {
 					return usagef("helper %s takes no arguments", name)
@@ -72,10 +72,6 @@ func helperOptions() string {
 		line += word
 	}
 	return text + line
-}
-
-func helperUsageError(_ *cli.Context, err error, _ bool) error {
-	return usagef("%w; see erofs-oci helper --help", err)
 }
 
 // installHelper links the helper to this program. A link of ours to another place

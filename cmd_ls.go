@@ -31,7 +31,7 @@ func (p *program) lsCommand() *cli.Command {
 				return err
 			}
 			if len(args) > 2 {
-				return usagef("ls takes REF and one PATH, not %d arguments; see erofs-oci ls --help", len(args))
+				return wrongNumber(c, "REF and one PATH", len(args))
 			}
 			name := append(args, ".")[1]
 			return p.withImage(c, args[0], func(ctx context.Context, im *erofsfmt.Image) error {

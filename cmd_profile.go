@@ -50,7 +50,7 @@ func profileArguments(c *cli.Context, least, most int, names string) ([]string, 
 		return nil, err
 	}
 	if len(args) < least || most > 0 && len(args) > most {
-		return nil, usagef("profile %s takes %s, not %d arguments; see erofs-oci profile %s --help", c.Command.Name, names, len(args), c.Command.Name)
+		return nil, wrongNumber(c, names, len(args))
 	}
 	return args, nil
 }

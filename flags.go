@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"math"
 	"path/filepath"
 	"slices"
@@ -18,7 +19,7 @@ func arguments(c *cli.Context, names ...string) ([]string, error) {
 		return nil, err
 	}
 	if len(args) != len(names) {
-		return nil, usagef("%s takes %s, not %d arguments; see erofs-oci %s --help", c.Command.Name, strings.Join(names, " and "), len(args), c.Command.Name)
+		return nil, wrongNumber(c, strings.Join(names, " and "), len(args))
 	}
 	return args, nil
 }
@@ -31,16 +32,30 @@ func argumentsAtLeast(c *cli.Context, n int, names ...string) ([]string, error) 
 		return nil, err
 	}
 	if len(args) < n {
-		return nil, usagef("%s takes %s, not %d arguments; see erofs-oci %s --help", c.Command.Name, strings.Join(names, " "), len(args), c.Command.Name)
+		return nil, wrongNumber(c, strings.Join(names, " "), len(args))
 	}
 	return args, nil
+}
+
+// wrongNumber is the error of a command that takes names, and was given n arguments.
+func wrongNumber(c *cli.Context, names string, n int) error {
+	_, command, _ := strings.Cut(c.Command.HelpName, " ")
+	return usageError(c, fmt.Errorf("%s takes %s, not %d arguments", command, names, n), false)
 }
 
 func noOptions(c *cli.Context, args []string, first string) error {
 	for _, a := range args {
 		if len(a) > 1 && strings.HasPrefix(a, "-") {
-			return usagef("option %s must come before %s; see erofs-oci %s --help", a, first, c.Command.Name)
+			return usageError(c, fmt.Errorf("option %s must come before %s", a, first), false)
 		}
+	}
+	return nil
+}
+
+// notEmpty refuses a flag that was given without a value: a variable that is empty by mistake must not mean the default.
+func notEmpty(c *cli.Context, flag, want string) error {
+	if c.IsSet(flag) && c.String(flag) == "" {
+		return usagef("--%s needs %s", flag, want)
 	}
 	return nil
 }

@@ -53,6 +53,7 @@ func TestHelperArgs(t *testing.T) {
 		{in: "h/r:v1 /mnt -o password_stdin", err: "nobody can be asked"},
 		{in: "h/r:v1 /mnt -o backend", err: "backend needs a value, as backend=VALUE"},
 		{in: "h/r:v1 /mnt -o cache_dir=", err: "cache_dir needs a value"},
+		{in: "h/r:v1 /mnt -o verify=", err: "verify needs a value"},
 		{in: "h/r:v1 /mnt -o plain_http=yes", err: "plain_http takes no value"},
 	} {
 		got, err := helperArgs(append([]string{"/sbin/mount.erofs-oci"}, strings.Fields(c.in)...))

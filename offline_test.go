@@ -278,7 +278,14 @@ func (s *shelf) refused(want error, texts ...string) {
 func TestOfflineRefused(t *testing.T) {
 	index := verifiable.Options{Chunk: testChunk}
 	s := newShelf(t, index)
+	if _, err := s.open(true); err == nil || oneLine(err) != "cache directory "+s.dir+" does not exist; look at --cache-dir" {
+		t.Errorf("a directory that is not there: %v", err)
+	}
+	must(t, os.Mkdir(s.dir, 0o700))
 	s.refused(errNeverMounted, s.ref, "not mounted before")
+	if left, err := os.ReadDir(s.dir); err != nil || len(left) > 0 {
+		t.Errorf("there is %v now; %v", left, err)
+	}
 	s.fill()
 	s.mustOpen(true)
 	s.registry.Stop()

@@ -23,16 +23,7 @@ func (p *program) cacheDir(flag string, euid int) (string, error) {
 	if flag != "" {
 		return flag, nil
 	}
-	var dir string
-	switch xdg, home := p.getenv("XDG_CACHE_HOME"), p.getenv("HOME"); {
-	case filepath.IsAbs(xdg):
-		dir = filepath.Join(xdg, "erofs-oci")
-	case euid == 0:
-		dir = "/var/cache/erofs-oci"
-	case filepath.IsAbs(home):
-		dir = filepath.Join(home, ".cache", "erofs-oci")
-	}
-	if dir != "" {
+	if dir := p.usualCacheDir(euid); dir != "" {
 		err := backend.PrivateDir(dir)
 		if err == nil {
 			return dir, nil
@@ -49,9 +40,26 @@ func (p *program) cacheDir(flag string, euid int) (string, error) {
 	return instead, nil
 }
 
+// usualCacheDir is where the user's caches are, "" if that is not known.
+func (p *program) usualCacheDir(euid int) string {
+	switch xdg, home := p.getenv("XDG_CACHE_HOME"), p.getenv("HOME"); {
+	case filepath.IsAbs(xdg):
+		return filepath.Join(xdg, "erofs-oci")
+	case euid == 0:
+		return "/var/cache/erofs-oci"
+	case filepath.IsAbs(home):
+		return filepath.Join(home, ".cache", "erofs-oci")
+	}
+	return ""
+}
+
 // openCache opens the cache, and the records next to it.
 func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error {
-	dir, err := p.cacheDir(s.cacheDir, os.Geteuid())
+	choose := p.cacheDir
+	if s.offline {
+		choose = p.existingCacheDir
+	}
+	dir, err := choose(s.cacheDir, os.Geteuid())
 	if err != nil {
 		return err
 	}
@@ -61,6 +69,9 @@ func (p *program) openCache(o *opened, s *sourceOptions, log *slog.Logger) error
 	}
 	o.dir = dir
 	if o.cache, err = blobcache.New(dir, keep); err != nil {
+		if s.offline && errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s: nothing is kept in %s: %w", s.ref, printable(dir), errNeverMounted)
+		}
 		if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) {
 			err = fmt.Errorf("%w; name a directory that you can write with --cache-dir", err)
 		}
@@ -86,6 +97,7 @@ func (s *sourceOptions) cacheOptions(log *slog.Logger) (blobcache.Options, error
 		keep.Patience = min(blobcache.DefaultPatience, wait) // for another process, in place of the registry
 	}
 	if s.offline {
+		keep.Existing = true
 		keep.Readahead = -1
 		keep.Patience = time.Millisecond // what another process may fetch is not here
 	}

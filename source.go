@@ -140,6 +140,9 @@ func (p *program) registryOptions(c *cli.Context, s *sourceOptions, log *slog.Lo
 	if conns < 1 {
 		return usagef("--max-conns-per-host %d: want 1 or more", conns)
 	}
+	if err := notEmpty(c, "verify", "auto, require or off"); err != nil {
+		return err
+	}
 	switch s.verify = c.String("verify"); s.verify {
 	case verifyAuto, verifyRequire, verifyOff:
 	case "":

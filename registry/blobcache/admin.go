@@ -22,10 +22,12 @@ type Kept struct {
 	Occupied  int64     `json:"occupied"` // bytes of the file system that they take
 	Used      time.Time `json:"used"`     // the last time that it was read, if it was; some seconds may be missing
 	InUse     bool      `json:"in_use"`   // a process has it open
+	// Damaged says that the file has the name of the blob's, and is none: nothing of it is used, nor is its size known.
+	Damaged bool `json:"damaged"`
 }
 
 // Complete says whether all of the blob is here.
-func (k Kept) Complete() bool { return k.Present == k.Size }
+func (k Kept) Complete() bool { return k.Present == k.Size && !k.Damaged }
 
 // A Usage is what the directory takes of its file system.
 type Usage struct {
@@ -37,9 +39,10 @@ type Usage struct {
 	MinFree   int64  `json:"min_free"` // to be left free; 0: nothing
 }
 
-// eachFile opens the blobs of the directory, one after the other, which nobody removes meanwhile. What is no blob's
-// file is skipped, and is an error in the end.
-func (c *Cache) eachFile(f func(name string, d *disk) error) error {
+// eachFile opens the blobs of the directory, one after the other, which nobody removes meanwhile. It calls broken for
+// what has the name of a blob's file and is none, with the directory's lock. What cannot be opened is skipped, and is an
+// error in the end.
+func (c *Cache) eachFile(f func(d *disk) error, broken func(name string) error) error {
 	var names []string
 	err := c.space.locked(c.ctx, func() (err error) {
 		names, err = c.names()
@@ -51,16 +54,17 @@ func (c *Cache) eachFile(f func(name string, d *disk) error) error {
 		var d *disk
 		err := c.space.locked(c.ctx, func() (err error) {
 			d, err = c.openFound(name)
+			if errors.As(err, new(*headerError)) {
+				err = broken(name)
+			}
 			return err
 		})
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed since
-		}
 		if err != nil {
-			errs = append(errs, err)
-			continue
+			errs = append(errs, ignore(err, fs.ErrNotExist)) // removed since
 		}
-		errs = append(errs, f(name, d), d.close())
+		if d != nil {
+			errs = append(errs, f(d), d.close())
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -69,12 +73,39 @@ func (c *Cache) eachFile(f func(name string, d *disk) error) error {
 // often.
 func (c *Cache) List() ([]Kept, error) {
 	list := []Kept{}
-	err := c.eachFile(func(_ string, d *disk) error {
-		k, err := d.kept()
+	add := func(k Kept, err error) error {
 		list = append(list, k)
 		return err
-	})
+	}
+	err := c.eachFile(
+		func(d *disk) error { return add(d.kept()) },
+		func(name string) error { return add(c.keptBroken(name)) },
+	)
 	return list, err
+}
+
+// keptBroken is what can be said of a file that is none of a blob's.
+func (c *Cache) keptBroken(name string) (Kept, error) {
+	l := namedLayout(name)
+	k := Kept{Digest: l.digest, ChunkSize: l.unit, Damaged: true}
+	f, err := c.openPrivate(name, 0)
+	if err != nil {
+		return k, err
+	}
+	defer f.Close()
+	if k.Occupied, err = occupied(f); err != nil {
+		return k, err
+	}
+	others, err := othersHold(f, lockOpen, 1)
+	k.InUse = others > 0
+	return k, err
+}
+
+// namedLayout is what the name of a blob's file says of it.
+func namedLayout(file string) layout {
+	name, unit, _ := parseFileName(file)
+	digest, _, _ := strings.Cut(name, "+")
+	return layout{name: name, digest: digest, unit: unit}
 }
 
 func (d *disk) kept() (k Kept, err error) {
@@ -114,6 +145,24 @@ func (c *Cache) Usage() (Usage, error) {
 		u.Occupied, err = c.occupied()
 		return err
 	})
+}
+
+// UsageOfNone is the Usage of a directory that is not there yet: a cache in it would keep to these limits.
+func UsageOfNone(dir string, o Options) (Usage, error) {
+	u := Usage{Directory: dir}
+	var st unix.Statfs_t
+	at := filepath.Clean(dir)
+	err := unix.Statfs(at, &st)
+	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
+		at = filepath.Dir(at)
+		err = unix.Statfs(at, &st)
+	}
+	if err != nil {
+		return u, fmt.Errorf("statfs %s: %w", at, err)
+	}
+	u.Limit, u.MinFree = o.limits(st)
+	u.MinFree, u.Free = max(u.MinFree, 0), int64(st.Bavail)*st.Frsize
+	return u, nil
 }
 
 // Prune evicts what was not read for longest until no more than keep bytes are kept, and says how many it gave back.
@@ -162,6 +211,15 @@ func (c *Cache) Remove(digest string) (freed int64, err error) {
 }
 
 func (c *Cache) removeFile(name string) (freed int64, err error) {
+	freed, err = c.removeUnused(name)
+	if errors.Is(err, errLocked) {
+		err = fmt.Errorf("blob %s is in use; unmount it first", name)
+	}
+	return freed, err
+}
+
+// removeUnused removes a file, or says errLocked if somebody has it open. The caller has the directory's lock.
+func (c *Cache) removeUnused(name string) (freed int64, err error) {
 	f, err := c.openPrivate(name, 0)
 	if err != nil {
 		return 0, err
@@ -171,11 +229,7 @@ func (c *Cache) removeFile(name string) (freed int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	err = c.unlink(f, name)
-	if errors.Is(err, errLocked) {
-		return 0, fmt.Errorf("blob %s is in use; unmount it first", name)
-	}
-	if err != nil {
+	if err := c.unlink(f, name); err != nil {
 		return 0, err
 	}
 	return size, nil
@@ -188,13 +242,18 @@ type Check struct {
 	Chunks    int64  `json:"chunks"`  // that were checked
 	Damaged   int64  `json:"damaged"` // of them; they are absent now
 	Skipped   int64  `json:"skipped"` // regions that were being evicted
+	// Broken says that the file has the name of the blob's, and is none: all of it is damage. It is removed now, unless
+	// it is InUse.
+	Broken bool `json:"broken"`
+	InUse  bool `json:"in_use"`
 }
 
-// Verify reads every chunk that is kept and compares it with its checksum, and makes absent what is damaged. It tells
-// each blob's result to report. That a chunk has its checksum says that it is what was fetched, and not whether that
+// Verify reads every chunk that is kept and compares it with its checksum, and makes absent what is damaged; what is no
+// blob's file any more it removes. It tells each blob's result to report. That a chunk has its checksum says that it is what was fetched, and not whether that
 // was what the registry has: that is for OpenOptions.Verify.
 func (c *Cache) Verify(ctx context.Context, report func(Check) error) error {
-	return c.eachFile(func(_ string, d *disk) error {
+	var broken []Check
+	err := c.eachFile(func(d *disk) error {
 		check := Check{Digest: d.digest, ChunkSize: d.unit}
 		filled, err := d.filled()
 		if err != nil {
@@ -212,7 +271,26 @@ func (c *Cache) Verify(ctx context.Context, report func(Check) error) error {
 			}
 		}
 		return report(check)
+	}, func(name string) error {
+		check, err := c.clear(name)
+		broken = append(broken, check)
+		return err
 	})
+	errs := []error{err}
+	for _, check := range broken {
+		errs = append(errs, report(check))
+	}
+	return errors.Join(errs...)
+}
+
+// clear removes what is no blob's file though it has the name of one, unless somebody uses it. The caller has the
+// directory's lock.
+func (c *Cache) clear(name string) (Check, error) {
+	l := namedLayout(name)
+	check := Check{Digest: l.digest, ChunkSize: l.unit, Broken: true}
+	freed, err := c.removeUnused(name)
+	check.InUse = errors.Is(err, errLocked)
+	return check, errors.Join(ignore(err, errLocked), c.space.less(freed))
 }
 
 // checkRegion checks the chunks of a region.

@@ -53,6 +53,8 @@ type Options struct {
 	// MinFree is how much of the file system is left free. 1 GiB, and 5 % of the file system at most, if zero; no such
 	// limit if negative.
 	MinFree int64
+	// Existing has New make no directory: where there is none, it fails with fs.ErrNotExist.
+	Existing bool
 	// Paranoid has every chunk checked at every read, and not at the first one only.
 	Paranoid bool
 	// Patience is how long a reader waits for what another process fetches, and nothing of it comes, before it is fetched
@@ -230,14 +232,14 @@ type Cache struct {
 	closed  bool
 }
 
-// New opens the cache directory dir and makes it, with mode 0700, where it does not exist. It refuses a directory
+// New opens the cache directory dir and makes it, with mode 0700, where it does not exist (see Options.Existing). It refuses a directory
 // that somebody else owns or can write to, and a symbolic link.
 func New(dir string, o Options) (*Cache, error) {
 	o, err := o.withDefaults()
 	if err != nil {
 		return nil, fmt.Errorf("blob cache: %w", err)
 	}
-	root, err := openDir(dir)
+	root, err := openDir(dir, o.Existing)
 	if err != nil {
 		return nil, fmt.Errorf("blob cache: %w", err)
 	}

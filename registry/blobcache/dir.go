@@ -21,11 +21,13 @@ const version = "v1"
 
 // openDir opens dir, which must be ours alone to write, and in it the directory of this version. The check and the
 // opening are two steps, so what was opened is compared with what was checked; from then on everything is relative to
-// the open directory.
-func openDir(dir string) (*os.File, error) {
+// the open directory. If they are to exist, none of the two is made.
+func openDir(dir string, existing bool) (*os.File, error) {
 	dir = filepath.Clean(dir) // a trailing slash would make Lstat follow a link
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
+	if !existing {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
 	}
 	info, err := os.Lstat(dir)
 	if err != nil {
@@ -47,8 +49,10 @@ func openDir(dir string) (*os.File, error) {
 		return nil, err
 	}
 	name := filepath.Join(dir, version)
-	if err := unix.Mkdirat(int(outer.Fd()), version, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, &fs.PathError{Op: "mkdir", Path: name, Err: err}
+	if !existing {
+		if err := unix.Mkdirat(int(outer.Fd()), version, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, &fs.PathError{Op: "mkdir", Path: name, Err: err}
+		}
 	}
 	inner, err := openAt(outer, version, unix.O_RDONLY|unix.O_DIRECTORY, name)
 	if err != nil {
@@ -274,6 +278,13 @@ func (c *Cache) openFound(file string) (_ *disk, err error) {
 	}
 	if err != nil {
 		return nil, &headerError{f.Name(), err}
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() != l.end {
+		return nil, &headerError{f.Name(), fmt.Errorf("it is %d bytes long, and should be %d", info.Size(), l.end)}
 	}
 	d.layout = l
 	d.file = c.wrap(d.file, l)

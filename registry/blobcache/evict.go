@@ -68,6 +68,11 @@ func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, er
 	var victims []victim
 	for _, t := range tenants {
 		of, scanErr := t.victims()
+		if errors.As(scanErr, new(*headerError)) { // nothing of it is used
+			var gone int64
+			gone, scanErr = c.removeUnused(t.name)
+			freed, scanErr = freed+gone, ignore(ignore(scanErr, errLocked), fs.ErrNotExist)
+		}
 		victims, err = append(victims, of...), errors.Join(err, scanErr)
 	}
 	slices.SortStableFunc(victims, func(a, b victim) int {
@@ -143,16 +148,6 @@ func (t *tenant) open(f func(d *disk) error) error {
 	return errors.Join(f(d), d.close())
 }
 
-// removeBroken removes what is no blob's file though it has the name of one, unless somebody uses it.
-func (t *tenant) removeBroken() error {
-	f, err := t.cache.openPrivate(t.name, 0)
-	if err != nil {
-		return ignore(err, fs.ErrNotExist)
-	}
-	defer f.Close()
-	return ignore(t.cache.unlink(f, t.name), errLocked)
-}
-
 // victims lists the regions of a blob in which there are chunks.
 func (t *tenant) victims() (list []victim, err error) {
 	if t.store != nil {
@@ -165,9 +160,6 @@ func (t *tenant) victims() (list []victim, err error) {
 		}
 		return err
 	})
-	if errors.As(err, new(*headerError)) {
-		err = t.removeBroken()
-	}
 	return list, err
 }
 

@@ -87,17 +87,8 @@ func newSpace(c *Cache) (*space, error) {
 	if err := unix.Fstatfs(int(c.dir.Fd()), &st); err != nil {
 		return nil, fmt.Errorf("statfs %s: %w", c.dir.Name(), err)
 	}
-	total := int64(st.Blocks) * st.Frsize
-	s := &space{c: c, limit: c.options.MaxBytes, free: c.options.MinFree, mu: newTurn(), taking: newTurn()}
-	if s.limit == 0 {
-		s.limit = min(total/100*defaultShare, defaultMost)
-	}
-	if s.limit < 0 {
-		s.limit = 0
-	}
-	if s.free == 0 {
-		s.free = min(total/20, defaultMinFree)
-	}
+	s := &space{c: c, mu: newTurn(), taking: newTurn()}
+	s.limit, s.free = c.options.limits(st)
 	s.grant = usualGrant
 	if s.limit > 0 {
 		s.grant = min(s.grant, max(s.limit/16, MinChunkSize))
@@ -110,6 +101,19 @@ func newSpace(c *Cache) (*space, error) {
 		return nil, errors.Join(err, s.file.Close())
 	}
 	return s, nil
+}
+
+// limits are how much is kept on a file system, 0 for all, and how much is left free there.
+func (o Options) limits(st unix.Statfs_t) (limit, free int64) {
+	total := int64(st.Blocks) * st.Frsize
+	limit, free = o.MaxBytes, o.MinFree
+	if limit == 0 {
+		limit = min(total/100*defaultShare, defaultMost)
+	}
+	if free == 0 {
+		free = min(total/20, defaultMinFree)
+	}
+	return max(limit, 0), free
 }
 
 // MinFree is how many bytes of the directory's file system are left free; negative if there is no such limit.
