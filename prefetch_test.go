@@ -270,7 +270,7 @@ func TestPrefetchForeignProfile(t *testing.T) {
 // What came counts from when it is here, not only when all that was asked for at a time is: of a piece that breaks off,
 // too, and of what readers fetch.
 func TestPrefetchCountsWhatIsHere(t *testing.T) {
-	const size, chunk, part = 16 << 20, 256 << 10, 5
+	const size, chunk, part = 4 << 20, 256 << 10, 5 // one piece: of several the second may come first
 	cache, err := blobcache.New(filepath.Join(t.TempDir(), "cache"), blobcache.Options{ChunkSize: chunk, MaxPrefetches: 1})
 	must(t, err)
 	fetcher := &endingFetcher{Fetcher: breakingFetcher{size, size}}
