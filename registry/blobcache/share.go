@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -188,9 +190,10 @@ func (f *flight) hold(chunk int64) {
 	f.locks[chunk] = struct{}{}
 }
 
-// unlock lets go of the locks of f. The caller holds s.mu.
+// unlock lets go of the locks of f, from the first one on: each that is let go among others makes the kernel's list of
+// them longer, which it searches. The caller holds s.mu.
 func (f *flight) unlock() {
-	for chunk := range f.locks {
+	for _, chunk := range slices.Sorted(maps.Keys(f.locks)) {
 		f.blob.store.unlock(chunk)
 	}
 	f.locks = nil
