@@ -25,6 +25,8 @@ func status(err error) fuse.Status {
 		return fuse.Status(syscall.ENODATA)
 	case isNotExist(err):
 		return fuse.ENOENT
+	case errors.Is(err, errKilled):
+		return fuse.EINTR
 	case errors.Is(err, fs.ErrInvalid):
 		return fuse.EINVAL // a position that no directory entry has
 	}
@@ -38,10 +40,15 @@ func isFormatError(err error) bool {
 }
 
 // fail turns err into a status and logs what an errno cannot say.
-func (f *fileSystem) fail(op string, node uint64, err error, where ...any) fuse.Status {
+func (f *fileSystem) fail(ctx context.Context, op string, node uint64, err error, where ...any) fuse.Status {
+	if errors.Is(err, context.Canceled) && context.Cause(ctx) == errKilled {
+		err = errKilled // of which a source may say no more than that it was told to stop
+	}
 	st := status(err)
 	switch {
 	case st == fuse.ENOENT, st == fuse.Status(syscall.ENODATA):
+	case st == fuse.EINTR:
+		// Nobody is left who could want to know.
 	case errors.Is(err, context.Canceled) && f.ctx.Err() != nil:
 		// The mount ends; nobody waits for the reason.
 	default:

@@ -31,10 +31,10 @@ func TestFailuresAreTold(t *testing.T) {
 		fmt.Errorf("x: %w", fs.ErrNotExist), erofsfmt.ErrNoXattr,
 		context.Canceled,
 	} {
-		f.fail("read", rootNode, err)
+		f.fail(ctx, "read", rootNode, err)
 	}
 	end()
-	f.fail("read", rootNode, context.Canceled) // the mount has ended
+	f.fail(ctx, "read", rootNode, context.Canceled) // the mount has ended
 	if want := []syscall.Errno{syscall.EIO, syscall.EIO, syscall.EUCLEAN, syscall.EIO}; !slices.Equal(told, want) {
 		t.Errorf("told %v, want %v", told, want)
 	}

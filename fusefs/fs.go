@@ -22,12 +22,16 @@
 //
 // A request is not ended by an interrupt: the runtime of a Go program interrupts
 // its own system calls all the time, and a stat(2) must not fail of it. How long
-// a request may wait is bounded below, by the source's deadlines.
+// a request may wait is bounded below, by the source's deadlines. Who is being killed
+// does not wait so long (request.go): the kernel would keep it until there is an
+// answer. It is looked for when an interrupt comes, among the threads that this
+// process sees, and what was being fetched for it goes on for others.
 package fusefs
 
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -70,6 +74,8 @@ type fileSystem struct {
 	// revoking is set if the bytes may turn out to be wrong.
 	revoking *revoking
 	failed   failures
+	requests sync.Pool         // of *request, of which nobody waits
+	dying    func(uint32) bool // of the thread that waits for a request
 }
 
 func newFileSystem(ctx context.Context, im *erofsfmt.Image, log *slog.Logger) *fileSystem {
@@ -80,6 +86,7 @@ func newFileSystem(ctx context.Context, im *erofsfmt.Image, log *slog.Logger) *f
 		sb:            im.Super(),
 		ids:           nodeIDs{root: im.Root()},
 		log:           orNone(log),
+		dying:         dying,
 	}
 }
 
@@ -111,57 +118,63 @@ func (f *fileSystem) end() {
 }
 
 // inode reads the inode behind a FUSE node id.
-func (f *fileSystem) inode(node uint64) (erofsfmt.Inode, error) {
+func (f *fileSystem) inode(ctx context.Context, node uint64) (erofsfmt.Inode, error) {
 	if err := f.revoking.why(); err != nil {
 		return erofsfmt.Inode{}, err
 	}
-	return f.im.Inode(f.ctx, f.ids.nid(node))
+	return f.im.Inode(ctx, f.ids.nid(node))
 }
 
-func (f *fileSystem) Lookup(_ <-chan struct{}, header *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Lookup(cancel <-chan struct{}, header *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	ctx := f.begin(cancel, header)
+	defer f.finish(ctx)
 	if len(name) > nameMax {
 		return fuse.Status(syscall.ENAMETOOLONG)
 	}
-	dir, err := f.inode(header.NodeId)
+	dir, err := f.inode(ctx, header.NodeId)
 	if err != nil {
-		return f.fail("lookup", header.NodeId, err)
+		return f.fail(ctx, "lookup", header.NodeId, err)
 	}
-	nid, err := f.im.Lookup(f.ctx, &dir, name)
+	nid, err := f.im.Lookup(ctx, &dir, name)
 	if isNotExist(err) {
 		// Node id 0 with a validity is a negative entry.
 		out.NodeId, out.EntryValid = 0, forever
 		return fuse.OK
 	}
 	if err != nil {
-		return f.fail("lookup", header.NodeId, err)
+		return f.fail(ctx, "lookup", header.NodeId, err)
 	}
-	ino, err := f.im.Inode(f.ctx, nid)
+	ino, err := f.im.Inode(ctx, nid)
 	if err != nil {
-		return f.fail("lookup", header.NodeId, err)
+		return f.fail(ctx, "lookup", header.NodeId, err)
 	}
 	f.fillEntry(&ino, out)
 	return fuse.OK
 }
 
-func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	ino, err := f.inode(in.NodeId)
+func (f *fileSystem) GetAttr(cancel <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	ctx := f.begin(cancel, &in.InHeader)
+	defer f.finish(ctx)
+	ino, err := f.inode(ctx, in.NodeId)
 	if err != nil {
-		return f.fail("getattr", in.NodeId, err)
+		return f.fail(ctx, "getattr", in.NodeId, err)
 	}
 	out.AttrValid = forever
 	f.fillAttr(&ino, &out.Attr)
 	return fuse.OK
 }
 
-func (f *fileSystem) Readlink(_ <-chan struct{}, header *fuse.InHeader) ([]byte, fuse.Status) {
-	ino, err := f.inode(header.NodeId)
+func (f *fileSystem) Readlink(cancel <-chan struct{}, header *fuse.InHeader) ([]byte, fuse.Status) {
+	ctx := f.begin(cancel, header)
+	defer f.finish(ctx)
+	ino, err := f.inode(ctx, header.NodeId)
 	if err != nil {
-		return nil, f.fail("readlink", header.NodeId, err)
+		return nil, f.fail(ctx, "readlink", header.NodeId, err)
 	}
 	f.revoking.note(header.NodeId)
-	target, err := f.im.Readlink(f.ctx, &ino)
+	target, err := f.im.Readlink(ctx, &ino)
 	if err != nil {
-		return nil, f.fail("readlink", header.NodeId, err)
+		return nil, f.fail(ctx, "readlink", header.NodeId, err)
 	}
 	return []byte(target), fuse.OK
 }
@@ -182,10 +195,12 @@ func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenO
 	return fuse.OK
 }
 
-func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
-	ino, err := f.inode(in.NodeId)
+func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	ctx := f.begin(cancel, &in.InHeader)
+	defer f.finish(ctx)
+	ino, err := f.inode(ctx, in.NodeId)
 	if err != nil {
-		return nil, f.fail("read", in.NodeId, err)
+		return nil, f.fail(ctx, "read", in.NodeId, err)
 	}
 	size := uint64(ino.Size)
 	if in.Offset >= size {
@@ -196,20 +211,20 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 	if f.streams != nil && size > uint64(len(buf)) {
 		f.streams.saw(&ino, int64(in.Offset), int64(len(buf)))
 	}
-	err = f.readFile(in, &ino, buf)
+	err = f.readFile(ctx, in, &ino, buf)
 	if err == nil {
 		err = f.revoking.why() // since it began
 	}
 	if err != nil {
-		return nil, f.fail("read", in.NodeId, err, "offset", in.Offset, "bytes", len(buf))
+		return nil, f.fail(ctx, "read", in.NodeId, err, "offset", in.Offset, "bytes", len(buf))
 	}
 	return fuse.ReadResultData(buf), fuse.OK
 }
 
-func (f *fileSystem) readFile(in *fuse.ReadIn, ino *erofsfmt.Inode, buf []byte) error {
+func (f *fileSystem) readFile(ctx context.Context, in *fuse.ReadIn, ino *erofsfmt.Inode, buf []byte) error {
 	off, n := int64(in.Offset), int64(len(buf))
 	if f.surplus == nil || n > surplusRead || n == ino.Size {
-		return f.im.ReadFile(f.ctx, ino, buf, off)
+		return f.im.ReadFile(ctx, ino, buf, off)
 	}
 	size, end := ino.Size, off+n
 	if begin, stop := f.surplus.around(in.NodeId, size, off, n); begin < stop {
@@ -219,13 +234,13 @@ func (f *fileSystem) readFile(in *fuse.ReadIn, ino *erofsfmt.Inode, buf []byte) 
 		}
 		data := w[:stop-begin]
 		// Where the rest of the window cannot be read, what was asked for may.
-		if err := f.im.ReadFile(f.ctx, ino, data, begin); err == nil {
+		if err := f.im.ReadFile(ctx, ino, data, begin); err == nil {
 			copy(buf, data[off-begin:])
 			f.surplus.give(in.NodeId, size, off, end, run{begin, data}, func() { f.surplus.windows.Put(w) })
 			return nil
 		}
 	}
-	return f.im.ReadFileSurplus(f.ctx, ino, buf, off, func(d *erofsfmt.Decoded) {
+	return f.im.ReadFileSurplus(ctx, ino, buf, off, func(d *erofsfmt.Decoded) {
 		f.surplus.give(in.NodeId, size, off, end, run{d.Off, d.Data}, d.Release)
 	})
 }

@@ -75,7 +75,8 @@ func TestMain(m *testing.M) {
 
 // serve mounts image on target, with IMAGE.blob as its extra device if that is
 // there, and says "ready". While a file IMAGE.broken is there, every read of the
-// image fails; once a file IMAGE.stuck is there, reads hang after they said so.
+// image fails; once a file IMAGE.stuck is there, reads hang after they said so; with a
+// file IMAGE.slow each read waits for a while.
 func serve(image, target string) error {
 	b, err := backendFor(os.Getenv(backendEnv))
 	if err != nil {
@@ -112,6 +113,13 @@ func (b breakable) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if _, err := os.Lstat(b.image + ".stuck"); err == nil {
 		fmt.Println("stuck")
 		<-ctx.Done()
+	}
+	if _, err := os.Lstat(b.image + ".slow"); err == nil {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
 	}
 	return b.File.ReadAt(ctx, p, off)
 }
@@ -328,9 +336,22 @@ func TestErrorsReachReaders(t *testing.T) {
 	}
 }
 
-// TestInterrupts: readers in a storm of signals see no failed call.
+// TestInterrupts: readers in a storm of signals see no failed call, whether or not they have to wait.
 func TestInterrupts(t *testing.T) {
-	dir := mountImage(t, writeImage(t, "lz4"))
+	for _, slow := range []bool{false, true} {
+		t.Run(fmt.Sprintf("slow=%v", slow), func(t *testing.T) {
+			image := writeImage(t, "lz4")
+			if slow {
+				if err := os.WriteFile(image+".slow", nil, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			readInterrupted(t, mountImage(t, image))
+		})
+	}
+}
+
+func readInterrupted(t *testing.T, dir string) {
 	want := corpus.Get(t, "lz4").Listing(t)
 	stop := make(chan struct{})
 	var storm sync.WaitGroup

@@ -10,26 +10,30 @@ import (
 // would have the kernel never ask again, but the format does not say that no inode
 // has any; and listxattr(2) would fail with EOPNOTSUPP from then on, where the
 // kernel's erofs lists nothing. ACLs the kernel remembers.
-func (f *fileSystem) GetXAttr(_ <-chan struct{}, header *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
-	ino, err := f.inode(header.NodeId)
+func (f *fileSystem) GetXAttr(cancel <-chan struct{}, header *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
+	ctx := f.begin(cancel, header)
+	defer f.finish(ctx)
+	ino, err := f.inode(ctx, header.NodeId)
 	if err != nil {
-		return 0, f.fail("getxattr", header.NodeId, err)
+		return 0, f.fail(ctx, "getxattr", header.NodeId, err)
 	}
-	value, err := f.im.Xattr(f.ctx, &ino, name)
+	value, err := f.im.Xattr(ctx, &ino, name)
 	if err != nil {
-		return 0, f.fail("getxattr", header.NodeId, err)
+		return 0, f.fail(ctx, "getxattr", header.NodeId, err)
 	}
 	return fit(dest, value)
 }
 
-func (f *fileSystem) ListXAttr(_ <-chan struct{}, header *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
-	ino, err := f.inode(header.NodeId)
+func (f *fileSystem) ListXAttr(cancel <-chan struct{}, header *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
+	ctx := f.begin(cancel, header)
+	defer f.finish(ctx)
+	ino, err := f.inode(ctx, header.NodeId)
 	if err != nil {
-		return 0, f.fail("listxattr", header.NodeId, err)
+		return 0, f.fail(ctx, "listxattr", header.NodeId, err)
 	}
-	names, err := f.im.Xattrs(f.ctx, &ino)
+	names, err := f.im.Xattrs(ctx, &ino)
 	if err != nil {
-		return 0, f.fail("listxattr", header.NodeId, err)
+		return 0, f.fail(ctx, "listxattr", header.NodeId, err)
 	}
 	var list []byte
 	for _, n := range names {
