@@ -215,9 +215,14 @@ func (p *program) cacheRemove(c *cli.Context, cache cacheLook) error {
 	return errors.Join(err, p.printFreed(c, freed))
 }
 
+// freedBytes is the JSON form of what was given back.
+type freedBytes struct {
+	Freed int64 `json:"freed"`
+}
+
 func (p *program) printFreed(c *cli.Context, freed int64) error {
 	if c.Bool("json") {
-		return printJSON(p.stdout, map[string]int64{"freed": freed})
+		return printJSON(p.stdout, freedBytes{freed})
 	}
 	_, err := fmt.Fprintf(p.stdout, "%d bytes freed\n", freed)
 	return err

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -220,5 +222,27 @@ func TestLookingIntoAnEmptyDirectory(t *testing.T) {
 		if code != 0 || stderr != "" || err != nil || len(left) > 0 {
 			t.Errorf("%s: exit code %d, %q; there is %v now; %v", args, code, stderr, left, err)
 		}
+	}
+}
+
+// A blob that was never read has no time of its last use, and not that of the year 1.
+func TestNeverReadHasNoTime(t *testing.T) {
+	dir, _, _ := cached(t, "a")
+	c, err := blobcache.New(dir, blobcache.Options{MinFree: -1})
+	must(t, err)
+	b, err := c.Open("sha256:"+strings.Repeat("b", 64), cachedSize, pattern(cachedSize), blobcache.OpenOptions{})
+	must(t, err)
+	must(t, errors.Join(b.Close(), c.Close()))
+	code, out, stderr := command(t, "cache", "ls", "--json", "--cache-dir="+dir)
+	var list []map[string]any
+	must(t, json.Unmarshal([]byte(out), &list))
+	if code != 0 || len(list) != 2 {
+		t.Fatalf("exit code %d, %q and\n%s", code, stderr, out)
+	}
+	if when, err := time.Parse(time.RFC3339, list[0]["used"].(string)); err != nil || time.Since(when) > time.Hour {
+		t.Errorf("read at %v, %v", when, err)
+	}
+	if when, there := list[1]["used"]; there {
+		t.Errorf("never read, and used %v", when)
 	}
 }

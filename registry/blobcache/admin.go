@@ -18,10 +18,10 @@ type Kept struct {
 	Digest    string    `json:"digest"`
 	Size      int64     `json:"size"`
 	ChunkSize int64     `json:"chunk_size"`
-	Present   int64     `json:"present"`  // bytes of the blob that are here
-	Occupied  int64     `json:"occupied"` // bytes of the file system that they take
-	Used      time.Time `json:"used"`     // the last time that it was read, if it was; some seconds may be missing
-	InUse     bool      `json:"in_use"`   // a process has it open
+	Present   int64     `json:"present"`       // bytes of the blob that are here
+	Occupied  int64     `json:"occupied"`      // bytes of the file system that they take
+	Used      time.Time `json:"used,omitzero"` // the last time that it was read, if it was; some seconds may be missing
+	InUse     bool      `json:"in_use"`        // a process has it open
 	// Damaged says that the file has the name of the blob's, and is none: nothing of it is used, nor is its size known.
 	Damaged bool `json:"damaged"`
 }
