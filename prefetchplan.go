@@ -295,14 +295,18 @@ func (p *prefetcher) bring(ctx context.Context, pieces []piece) error {
 // out, for the next time; any other error ends it, when what has begun has ended.
 func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piece)) error {
 	var group errgroup.Group
-	group.SetLimit(p.how.atOnce())
+	slots := make(chan struct{}, p.how.atOnce())
 	var failed atomic.Bool
 	for _, next := range pieces {
+		slots <- struct{}{}
+		if failed.Load() {
+			break
+		}
+		// One after the other: what is over the budget is what comes last.
+		fits, cost := p.spend(next)
 		group.Go(func() error {
-			if failed.Load() {
-				return nil
-			}
-			err := p.bringPiece(ctx, next)
+			defer func() { <-slots }()
+			err := p.bringFitting(ctx, next, fits, cost)
 			if blobcache.OfOneChunk(err) {
 				err = p.bringSingly(ctx, next, bad)
 			}
@@ -311,6 +315,9 @@ func (p *prefetcher) bringAll(ctx context.Context, pieces []piece, bad func(piec
 			}
 			return err
 		})
+		if fits.n < next.n {
+			break
+		}
 	}
 	return group.Wait()
 }
@@ -338,10 +345,15 @@ func (p *prefetcher) bringSingly(ctx context.Context, all piece, bad func(piece)
 
 // bringPiece has a piece fetched, as far as the budget goes.
 func (p *prefetcher) bringPiece(ctx context.Context, next piece) error {
+	fits, cost := p.spend(next)
+	return p.bringFitting(ctx, next, fits, cost)
+}
+
+// bringFitting is bringPiece where the budget was asked, as spend is.
+func (p *prefetcher) bringFitting(ctx context.Context, next, fits piece, cost int64) error {
 	if wrong := next.layer.wrong.Load(); wrong != nil {
 		return &stopError{wrong}
 	}
-	fits, cost := p.spend(next)
 	if fits.n > 0 {
 		if err := next.layer.cached.Prefetch(ctx, fits.off, fits.n); err != nil {
 			p.mu.Lock()

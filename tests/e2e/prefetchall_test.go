@@ -295,7 +295,7 @@ func TestPrefetchWrongBytes(t *testing.T) {
 	s := newSession(t)
 	bad := im.victimAt(t)
 	im.SetFault(fakeregistry.Always(fakeregistry.FlipBit(bad)).OnBlobs())
-	dir := s.mount(im.ref, "--prefetch=all")
+	dir, _ := s.mountSaying(im.ref, "--prefetch=all") // it may come to it before the mount is there
 	s.prefetched(dir, backend.PrefetchWaiting)
 	st := s.status(dir)
 	if st.Fetched >= st.Size {
