@@ -21,16 +21,16 @@ import (
 //
 // which is changed under the directory's lock only. A process is granted some MiB at a time, so that not every chunk
 // costs a lock. What a killed process had been granted is lost until somebody counts: whoever finds the cache full
-// looks how much the files really take, and adds a grant for each process that lives: the number is so never too low, but
-// for what other processes are just writing.
+// looks how much the files really take, and adds what the processes that live may have been granted (see reserve): the
+// number is so never too low, but for what other processes are just writing.
 type space struct {
 	c     *Cache
 	file  *os.File
 	limit int64 // 0: none
 	free  int64 // to be left free in the file system
-	grant int64
 
 	mu      turn         // goes with the lock of the directory, which is the file's and not a goroutine's
+	grant   int64        // how much is granted at a time; guarded by mu
 	taking  turn         // guards what follows; who only counts reads the numbers without it
 	left    atomic.Int64 // granted, not used yet
 	writing atomic.Int64 // used, but may not be in the files yet
@@ -65,6 +65,7 @@ const (
 	defaultMost    = 20 << 30
 	defaultMinFree = 1 << 30
 	usualGrant     = 4 << 20
+	grantShare     = 16 // of the limit is granted at a time, if that is less, and by as many processes less of it
 	// dirPatience is how long somebody may hold the directory's lock: who holds it longer is stopped, or has a disk
 	// that does not answer. Readers do not wait so long for what they can do without.
 	dirPatience   = 10 * time.Second
@@ -98,10 +99,6 @@ func newSpace(c *Cache) (*space, error) {
 	if s.free == 0 {
 		s.free = min(total/20, defaultMinFree)
 	}
-	s.grant = usualGrant
-	if s.limit > 0 {
-		s.grant = min(s.grant, max(s.limit/16, minChunkSize))
-	}
 	var err error
 	if s.file, err = c.openPrivate("space", unix.O_CREAT); err != nil {
 		return nil, err
@@ -129,6 +126,7 @@ func (s *space) register() error {
 			break
 		}
 		others, err := s.others()
+		s.grant = s.share(others + 1)
 		if err != nil || others > 0 {
 			return err
 		}
@@ -137,6 +135,25 @@ func (s *space) register() error {
 		}
 		return nil // who wants to write will find out
 	})
+}
+
+// share is how much a process is granted at a time when so many have the cache open: so little that all together do not
+// have what a small cache should keep.
+func (s *space) share(processes int64) int64 {
+	if s.limit == 0 {
+		return usualGrant
+	}
+	return min(usualGrant, max(s.limit/grantShare/processes, minChunkSize))
+}
+
+// reserve is the most that so many other processes have been granted and not used. Each got its last grant when those
+// lived that live now and had come before it, and perhaps more of them: so the one that came first has a grant for one
+// process at most, the second one for two, and so on. Of nobody more is left than a grant.
+func (s *space) reserve(others int64) (sum int64) {
+	for i := range others {
+		sum += s.share(i + 1)
+	}
+	return sum
 }
 
 // full says that an error is a full disk's.
@@ -172,8 +189,8 @@ func (s *space) take(n, before int64) error {
 	if time.Now().Before(s.refused) {
 		return ErrNoRoom
 	}
-	more := max(n, s.grant)
 	err := s.lockedWithin(s.c.ctx, grantPatience, func() error {
+		more := max(n, s.grant)
 		if err := s.refill(more, before); err != nil {
 			return err
 		}
@@ -258,7 +275,8 @@ func (s *space) count() error {
 	if err != nil {
 		return err
 	}
-	return s.write(sum + others*s.grant + mine)
+	s.grant = s.share(others + 1)
+	return s.write(sum + s.reserve(others) + mine)
 }
 
 func (s *space) read() (used int64, ok bool) {
