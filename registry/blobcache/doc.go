@@ -72,7 +72,8 @@
 //
 // # Several processes
 //
-// They speak through locks on ranges of the files, which the kernel drops with the process that held them:
+// They speak through locks on ranges of the files, which the kernel drops with the process that held them (whoever evicts
+// for longer lets others have the directory's every 50 ms):
 //
 //	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
 //	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for

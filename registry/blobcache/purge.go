@@ -26,6 +26,9 @@ func (b *Blob) Purge() error {
 		s.cache.disown(s)
 		s.cache.mu.Unlock()
 		for r := range s.disk.regions {
+			if lost := s.cache.space.giveWay(); lost != nil {
+				return errors.Join(append(errs, lost)...)
+			}
 			_, err := s.evict(r)
 			errs = append(errs, err)
 		}

@@ -30,11 +30,14 @@ type space struct {
 	free  int64 // to be left free in the file system
 
 	mu      turn         // goes with the lock of the directory, which is the file's and not a goroutine's
-	grant   int64        // how much is granted at a time; guarded by mu
+	grant   int64        // how much is granted at a time; guarded by mu, as is what follows
+	since   time.Time    // when we got the lock of the directory
+	ways    int          // how often we gave way to others
 	taking  turn         // guards what follows; who only counts reads the numbers without it
 	left    atomic.Int64 // granted, not used yet
 	writing atomic.Int64 // used, but may not be in the files yet
 	refused time.Time    // until when there is no room
+	vain    int          // how often in a row the lock of the directory could not be had
 }
 
 // A turn is a mutex for who may wait long while he has it, for another process: a clock of tests goes on meanwhile, as it
@@ -66,19 +69,30 @@ const (
 	defaultMinFree = 1 << 30
 	usualGrant     = 4 << 20
 	grantShare     = 16 // of the limit is granted at a time, if that is less, and by as many processes less of it
+	// workFor is how long the directory's lock is held by who has much to do, and restFor how long it is then left to
+	// others, who try each millisecond.
+	workFor = 50 * time.Millisecond
+	restFor = 5 * time.Millisecond
 	// dirPatience is how long somebody may hold the directory's lock: who holds it longer is stopped, or has a disk
 	// that does not answer. Readers do not wait so long for what they can do without.
 	dirPatience   = 10 * time.Second
 	grantPatience = time.Second
-	// refusedFor is how long it is believed that there is no room, and longFor that nobody answers.
+	// refusedFor is how long it is believed that there is no room, or that the lock cannot be had; after mostVain tries
+	// in vain, each of them as long as many others would have worked and rested, it is longFor.
 	refusedFor = time.Second
 	longFor    = time.Minute
+	mostVain   = 5
+	// mostTries is how often room is made for a grant, where others take it away meanwhile.
+	mostTries = 3
 )
 
 // ErrNoRoom says that what was fetched cannot be kept: the cache or its disk is full of what is in use.
 var ErrNoRoom = errors.New("the cache has no room beside what is in use")
 
-var errNobody = errors.New("another process holds the lock of the directory and does nothing")
+var errNobody = errors.New("another process does not let go of the lock of the directory")
+
+// errLost says that who gave way did not get the lock of the directory back.
+var errLost = errors.New("lost the lock")
 
 // anyTime is when what may be evicted was used.
 const anyTime int64 = math.MaxInt64
@@ -174,7 +188,32 @@ func (s *space) lockedWithin(ctx context.Context, limit time.Duration, f func() 
 		return fmt.Errorf("directory %s: %w", s.c.dir.Name(), err)
 	}
 	defer func() { err = errors.Join(err, lock(s.file, unix.F_UNLCK, lockDir)) }()
+	s.since = time.Now()
 	return f()
+}
+
+// giveWay lets others have the lock of the directory for a moment, if we have had it for a while: whoever has more to do
+// calls it between two steps. What the lock guards may be another then. With an error, which is errLost, the lock is no
+// longer ours, and nothing that it guards may be touched.
+func (s *space) giveWay() error {
+	if time.Since(s.since) < workFor {
+		return nil
+	}
+	err := lock(s.file, unix.F_UNLCK, lockDir)
+	s.mu.Unlock()
+	if err == nil {
+		err = pause(s.c.ctx, restFor)
+	}
+	s.mu.Lock()
+	if err == nil {
+		err = lockWithin(s.c.ctx, s.file, unix.F_WRLCK, lockDir, dirPatience)
+	}
+	if err != nil {
+		return fmt.Errorf("directory %s: %w: %w", s.c.dir.Name(), errLost, err)
+	}
+	s.since = time.Now()
+	s.ways++
+	return nil
 }
 
 // take makes n bytes ours to write, or says why there is no room for them. Only what was last used before a time, by
@@ -198,9 +237,9 @@ func (s *space) take(n, before int64) error {
 		return nil
 	})
 	if errors.Is(err, errLocked) {
-		s.refused = time.Now().Add(longFor)
-		return fmt.Errorf("%w: %w", ErrNoRoom, errNobody)
+		return s.unanswered()
 	}
+	s.vain = 0
 	if err != nil {
 		if before == anyTime { // else there may be room for others
 			s.refused = time.Now().Add(refusedFor)
@@ -209,6 +248,18 @@ func (s *space) take(n, before int64) error {
 	}
 	s.use(n)
 	return nil
+}
+
+// unanswered has nobody ask for room for some time, since the lock of the directory could not be had: each of those who
+// ask waits for it. Who works lets go of it again and again; but one may be stopped.
+func (s *space) unanswered() error {
+	s.vain++
+	wait := refusedFor
+	if s.vain >= mostVain {
+		wait = longFor
+	}
+	s.refused = time.Now().Add(wait)
+	return fmt.Errorf("%w: %w", ErrNoRoom, errNobody)
 }
 
 // wrote says that n bytes that were taken are in a file now, or were not written after all.
@@ -228,24 +279,42 @@ func (s *space) refill(n, before int64) error {
 		used, _ = s.read()
 	}
 	short, err := s.short(used, n)
+	for tries := 1; err == nil && short > 0; tries++ {
+		alone, lost := s.makeRoom(short, n, before)
+		if lost != nil {
+			return lost
+		}
+		used, _ = s.read()
+		short, err = s.short(used, n)
+		if alone || tries == mostTries {
+			break
+		}
+	}
 	if err != nil {
 		return err
 	}
 	if short > 0 {
-		// Some more than is needed, so that this is not done for each grant.
-		freed, err := s.c.evictUsed(short+s.limit/64, false, before)
-		if err != nil {
-			s.c.options.Logger.Warn("the cache cannot evict; it may keep more than it should", "cache", s.c.dir.Name(), "err", err)
-		}
-		used = max(used-freed, 0)
-		if short, err = s.short(used, n); err != nil {
-			return errors.Join(err, s.write(used))
-		}
-	}
-	if short > 0 {
-		return errors.Join(ErrNoRoom, s.write(used))
+		return ErrNoRoom
 	}
 	return s.write(used + n)
+}
+
+// makeRoom evicts what is short for n bytes, and some more, so that this is not done for each grant. It says whether nobody
+// else had the lock of the directory meanwhile; the error is errLost.
+func (s *space) makeRoom(short, n, before int64) (alone bool, err error) {
+	ways := s.ways
+	_, err = s.c.evictUsed(short+s.limit/64, false, before, func() bool {
+		used, _ := s.read()
+		short, err := s.short(used, n)
+		return err == nil && short <= 0
+	})
+	if errors.Is(err, errLost) {
+		return false, err
+	}
+	if err != nil {
+		s.c.options.Logger.Warn("the cache cannot evict; it may keep more than it should", "cache", s.c.dir.Name(), "err", err)
+	}
+	return s.ways == ways, nil
 }
 
 // short is how much is to be evicted before n bytes can be granted.
@@ -299,7 +368,7 @@ func (s *space) write(used int64) error {
 // less says that bytes were given back by who has the directory's lock.
 func (s *space) less(freed int64) error {
 	used, ok := s.read()
-	if !ok {
+	if !ok || freed == 0 {
 		return nil // the next one counts
 	}
 	return s.write(max(used-freed, 0))
