@@ -243,8 +243,8 @@ func readPattern(b *Blob, rng *rand.Rand) error {
 
 var fullLimit = flag.Bool("limit-full", false, "TestLimit with 1 GiB, not 64 MiB")
 
-// A cache of 1 (64 MiB) under reads of 5, by two processes and by twenty (open caches are processes to the locks): it never
-// takes more than its limit and 16 MiB, and no read fails.
+// A cache of 1 (64 MiB) under reads of 5 by two processes, and of 2.5 by twenty (open caches are processes to the locks):
+// it never takes more than its limit and 16 MiB, and no read fails.
 func TestLimit(t *testing.T) {
 	limit := int64(64 << 20)
 	if *fullLimit {
@@ -255,7 +255,7 @@ func TestLimit(t *testing.T) {
 		size            int64
 	}{
 		{2, 5, limit},
-		{20, 1, limit / 2},
+		{20, 1, limit / 4},
 	} {
 		t.Run(fmt.Sprintf("%d caches", test.caches), func(t *testing.T) {
 			dir := t.TempDir()
