@@ -47,7 +47,7 @@ func TestGrantsOfMany(t *testing.T) {
 		{2, 64, false},
 		{18, 64, false},
 		{18, 64, true},
-		{31, 256, false},
+		{31, 128, false},
 		{40, 64, false},
 	} {
 		t.Run(fmt.Sprintf("%d caches, %d MiB, at once %v", test.caches, test.limit, test.atOnce), func(t *testing.T) {
