@@ -166,21 +166,16 @@ func UsageOfNone(dir string, o Options) (Usage, error) {
 }
 
 // Prune evicts what was not read for longest until no more than keep bytes are kept, and says how many it gave back.
-// What is in use stays.
+// What is in use stays. Others go on meanwhile, and what they fetch comes on top.
 func (c *Cache) Prune(keep int64) (freed int64, err error) {
 	err = c.space.locked(c.ctx, func() error {
 		before, err := c.occupied()
 		if err != nil {
 			return err
 		}
-		if _, err := c.evict(before-keep, true); err != nil {
+		if freed, err = c.evict(before-keep, true); err != nil {
 			return err
 		}
-		after, err := c.occupied()
-		if err != nil {
-			return err
-		}
-		freed = before - after
 		return c.space.count()
 	})
 	return freed, err

@@ -75,7 +75,8 @@
 //
 // # Several processes
 //
-// They speak through locks on ranges of the files, which the kernel drops with the process that held them:
+// They speak through locks on ranges of the files, which the kernel drops with the process that held them (whoever evicts
+// for longer lets others have the directory's every 50 ms):
 //
 //	directory  exclusive, for a moment: opening, removing and evicting, and changing the number in "space"
 //	waiting    shared by who has flights that somebody waits for: others let them go first with what nobody waits for
@@ -112,7 +113,8 @@
 // # Limits
 //
 // Before a chunk is written, its bytes are taken from what Options.MaxBytes and MinFree allow; where there are none
-// left, regions that were not read for longest are evicted, of whatever blob. If nothing can be, since all is in use,
+// left, regions that were not read for longest are evicted, of whatever blob. Each process is granted some MiB at a time,
+// and the less of a small cache the more processes there are (see space). If nothing can be, since all is in use,
 // or the disk is full after all, no read fails: the chunk is handed to those who wait for it and is absent afterwards,
 // which is logged once.
 //

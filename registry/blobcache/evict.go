@@ -50,13 +50,15 @@ type tenant struct {
 
 // evict gives back at least want bytes if that can be done, regions that were not read for longest first, and says how
 // many it were. Regions that somebody reads, or fetches into, stay, and so do those that another process may read. With
-// files, the files of blobs of which nothing is here go, too. The caller has the directory's lock.
+// files, the files of blobs of which nothing is here go, too. The caller has the directory's lock, and others may have it
+// meanwhile: "space" says at each step what was given back. With errLost, the caller does not have it any more.
 func (c *Cache) evict(want int64, files bool) (freed int64, err error) {
-	return c.evictUsed(want, files, anyTime)
+	return c.evictUsed(want, files, anyTime, func() bool { return false })
 }
 
-// evictUsed is evict for regions that were last read before a time.
-func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, err error) {
+// evictUsed is evict for regions that were last read before a time. Where others had the lock meanwhile, who may have made
+// room, too, enough says whether there is no need for more.
+func (c *Cache) evictUsed(want int64, files bool, before int64, enough func() bool) (freed int64, err error) {
 	tenants, err := c.tenants()
 	defer func() {
 		for _, t := range tenants {
@@ -65,14 +67,43 @@ func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, er
 			}
 		}
 	}()
-	var victims []victim
-	for _, t := range tenants {
-		of, scanErr := t.victims()
-		if errors.As(scanErr, new(*headerError)) { // nothing of it is used
-			var gone int64
-			gone, scanErr = c.removeUnused(t.name)
-			freed, scanErr = freed+gone, ignore(ignore(scanErr, errLocked), fs.ErrNotExist)
+	victims, scanErr := c.victims(tenants)
+	if err = errors.Join(err, scanErr); errors.Is(err, errLost) {
+		return 0, err
+	}
+	ways := c.space.ways
+	for _, v := range victims {
+		if freed >= want || v.used >= before {
+			break
 		}
+		if lost := c.space.giveWay(); lost != nil {
+			return freed, errors.Join(err, lost)
+		}
+		if ways != c.space.ways && enough() {
+			return freed, err
+		}
+		ways = c.space.ways
+		gone, evictErr := v.evict()
+		if gone > 0 {
+			c.counters.evictions.Add(1)
+			c.counters.evictedBytes.Add(gone)
+		}
+		freed, err = freed+gone, errors.Join(err, evictErr, c.space.less(gone))
+	}
+	if files || freed < want {
+		gone, fileErr := c.removeEmpty(tenants)
+		freed, err = freed+gone, errors.Join(err, fileErr)
+	}
+	return freed, err
+}
+
+// victims are the regions of the blobs in which there are chunks, those first that were not read for longest.
+func (c *Cache) victims(tenants []*tenant) (victims []victim, err error) {
+	for _, t := range tenants {
+		if lost := c.space.giveWay(); lost != nil {
+			return nil, errors.Join(err, lost)
+		}
+		of, scanErr := t.victims()
 		victims, err = append(victims, of...), errors.Join(err, scanErr)
 	}
 	slices.SortStableFunc(victims, func(a, b victim) int {
@@ -84,22 +115,15 @@ func (c *Cache) evictUsed(want int64, files bool, before int64) (freed int64, er
 		}
 		return 0
 	})
-	for _, v := range victims {
-		if freed >= want || v.used >= before {
-			break
-		}
-		gone, evictErr := v.of.evict(v.region)
-		if gone > 0 {
-			c.counters.evictions.Add(1)
-			c.counters.evictedBytes.Add(gone)
-		}
-		freed, err = freed+gone, errors.Join(err, evictErr)
+	return victims, err
+}
+
+// evict gives back the region, unless it was read since it was found.
+func (v *victim) evict() (freed int64, err error) {
+	if s := v.of.store; s != nil && s.used.at(v.region) > v.used {
+		return 0, nil
 	}
-	if files || freed < want {
-		gone, fileErr := c.removeEmpty(tenants)
-		freed, err = freed+gone, errors.Join(err, fileErr)
-	}
-	return freed, err
+	return v.of.evict(v.region)
 }
 
 // tenants are all blobs of the directory, and those that are open here and have no name any more.
@@ -160,6 +184,9 @@ func (t *tenant) victims() (list []victim, err error) {
 		}
 		return err
 	})
+	if errors.As(err, new(*headerError)) {
+		err = nil // see removeEmpty
+	}
 	return list, err
 }
 
@@ -217,24 +244,34 @@ func (c *Cache) removeEmpty(tenants []*tenant) (freed int64, err error) {
 		if t.store != nil {
 			continue
 		}
-		emptyErr := t.open(func(d *disk) error {
-			left := 0
-			if err := d.scan(func(int64) { left++ }); err != nil || left > 0 {
-				return err
-			}
-			size, err := d.occupied()
-			if err == nil {
-				err = c.unlink(d.handle, t.name)
-			}
-			if err == nil {
-				freed += size
-			}
-			return ignore(err, errLocked)
-		})
-		if !errors.As(emptyErr, new(*headerError)) { // which is removed, unless somebody uses it
-			err = errors.Join(err, emptyErr)
+		if lost := c.space.giveWay(); lost != nil {
+			return freed, errors.Join(err, lost)
 		}
+		gone, emptyErr := t.removeEmpty()
+		if errors.As(emptyErr, new(*headerError)) {
+			gone, emptyErr = c.removeUnused(t.name) // nothing of it is used
+			emptyErr = ignore(ignore(emptyErr, errLocked), fs.ErrNotExist)
+		}
+		freed, err = freed+gone, errors.Join(err, emptyErr, c.space.less(gone))
 	}
+	return freed, err
+}
+
+func (t *tenant) removeEmpty() (freed int64, err error) {
+	err = t.open(func(d *disk) error {
+		left := 0
+		if err := d.scan(func(int64) { left++ }); err != nil || left > 0 {
+			return err
+		}
+		size, err := d.occupied()
+		if err == nil {
+			err = t.cache.unlink(d.handle, t.name)
+		}
+		if err == nil {
+			freed = size
+		}
+		return ignore(err, errLocked)
+	})
 	return freed, err
 }
 

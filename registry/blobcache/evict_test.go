@@ -243,44 +243,54 @@ func readPattern(b *Blob, rng *rand.Rand) error {
 
 var fullLimit = flag.Bool("limit-full", false, "TestLimit with 1 GiB, not 64 MiB")
 
-// A cache of 1 (64 MiB) under reads of 5, by two processes (two open caches are two to the locks): it never takes more
-// than its limit and 16 MiB, and no read fails.
+// A cache of 1 (64 MiB) under reads of 5 by two processes, and of 2.5 by twenty (open caches are processes to the locks):
+// it never takes more than its limit and 16 MiB, and no read fails.
 func TestLimit(t *testing.T) {
 	limit := int64(64 << 20)
 	if *fullLimit {
 		limit = 1 << 30
 	}
-	dir := t.TempDir()
-	o := Options{MaxBytes: limit, MinFree: -1}
-	p := &pattern{size: limit}
-	over := newWatch(dir)
-	var wg sync.WaitGroup
-	var caches []*Cache
-	for i := range 2 {
-		c := openCacheAt(t, dir, o)
-		caches = append(caches, c)
-		for j := range 5 {
-			b, err := c.Open("sha256:"+strings.Repeat(fmt.Sprint(j), 64), limit, p, OpenOptions{})
-			if err != nil {
-				t.Fatal(err)
+	for _, test := range []struct {
+		caches, readers int // of each
+		size            int64
+	}{
+		{2, 5, limit},
+		{20, 1, limit / 4},
+	} {
+		t.Run(fmt.Sprintf("%d caches", test.caches), func(t *testing.T) {
+			dir := t.TempDir()
+			o := Options{MaxBytes: limit, MinFree: -1}
+			p := &pattern{size: test.size}
+			over := newWatch(dir)
+			var wg sync.WaitGroup
+			var caches []*Cache
+			for i := range test.caches {
+				c := openCacheAt(t, dir, o)
+				caches = append(caches, c)
+				for j := range test.readers {
+					b, err := c.Open("sha256:"+strings.Repeat(fmt.Sprint((i+j)%10), 64), p.size, p, OpenOptions{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					wg.Go(func() {
+						if err := readPattern(b, rand.New(rand.NewPCG(uint64(i), uint64(j)))); err != nil {
+							t.Error(err)
+						}
+					})
+				}
 			}
-			wg.Go(func() {
-				if err := readPattern(b, rand.New(rand.NewPCG(uint64(i), uint64(j)))); err != nil {
+			wg.Wait()
+			if most := over.stop(t); most > limit+16<<20 || most < limit/2 {
+				t.Errorf("the cache took %d MiB, want at most %d and 16", most>>20, limit>>20)
+			}
+			for _, c := range caches { // what is fetched ahead ends with them
+				if err := c.Close(); err != nil {
 					t.Error(err)
 				}
-			})
-		}
+			}
+			checkSound(t, dir)
+		})
 	}
-	wg.Wait()
-	if most := over.stop(t); most > limit+16<<20 || most < limit/2 {
-		t.Errorf("the cache took %d MiB, want at most %d and 16", most>>20, limit>>20)
-	}
-	for _, c := range caches { // what is fetched ahead ends with them
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	checkSound(t, dir)
 }
 
 // A watch looks how much a directory takes.

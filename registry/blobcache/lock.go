@@ -63,20 +63,31 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// othersHold counts the locks that others hold in [off, off+n).
+// mostOthers bounds what looking for the locks of others costs, which is done under the directory's lock.
+const mostOthers = 1024
+
+// othersHold counts the bytes, or runs of them, in [off, off+n) that others hold locks of, and ends at mostOthers. The
+// kernel tells of any one lock in a range, in the order in which the holders came and not by place: so on both sides of
+// it there may be more.
 func othersHold(f *os.File, off, n int64) (count int64, err error) {
-	for end := off + n; off < end; count++ {
-		l := unix.Flock_t{Type: unix.F_WRLCK, Start: off, Len: end - off}
+	type span struct{ off, end int64 }
+	for left := []span{{off, off + n}}; len(left) > 0 && count < mostOthers; {
+		s := left[len(left)-1]
+		left = left[:len(left)-1]
+		l := unix.Flock_t{Type: unix.F_WRLCK, Start: s.off, Len: s.end - s.off}
 		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
 			return count, fmt.Errorf("look for locks of %s: %w", f.Name(), err)
 		}
 		if l.Type == unix.F_UNLCK {
-			return count, nil
+			continue
 		}
-		if l.Len <= 0 {
-			return count + 1, nil
+		count++
+		if l.Start > s.off {
+			left = append(left, span{s.off, l.Start})
 		}
-		off = max(l.Start+l.Len, off+1)
+		if l.Len > 0 && l.Start < s.end-l.Len { // else it goes to the end
+			left = append(left, span{l.Start + l.Len, s.end})
+		}
 	}
 	return count, nil
 }

@@ -28,6 +28,9 @@ func (b *Blob) Purge() error {
 		filled, err := s.disk.filled()
 		errs = append(errs, err)
 		for _, r := range filled {
+			if lost := s.cache.space.giveWay(); lost != nil {
+				return errors.Join(append(errs, lost)...)
+			}
 			_, err := s.evict(r)
 			errs = append(errs, err)
 		}

@@ -36,8 +36,8 @@ const (
 	noticeFor = 2 * houseEvery
 	// dropTimes is how often pages are dropped.
 	dropTimes = 2
-	// restFor is for how long nothing is written to a disk that did not keep what it was given.
-	restFor = time.Minute
+	// diskRest is for how long nothing is written to a disk that did not keep what it was given.
+	diskRest = time.Minute
 )
 
 var errNotKept = errors.New("the disk did not keep what was written lately")
@@ -99,7 +99,7 @@ func (s *store) checkDisk() error {
 	}
 	others, err := othersHold(s.disk.handle, lockDoubt, 1)
 	if why != nil {
-		s.cache.rest.Store(time.Now().Add(restFor).UnixMicro())
+		s.cache.rest.Store(time.Now().Add(diskRest).UnixMicro())
 		s.dropsLeft, s.dropAt = dropTimes, time.Now().Add(noticeFor)
 		err = errors.Join(err, lock(s.disk.handle, unix.F_RDLCK, lockDoubt))
 		s.cache.options.Logger.Warn("the disk did not keep what the cache wrote; all of it is checked again and, where it is wrong, fetched again; nothing is written for a minute", "blob", s.digest, "err", why)

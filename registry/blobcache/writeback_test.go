@@ -137,7 +137,7 @@ func lostWrites(t *testing.T, why error) {
 		t.Errorf("verified %v, want %v", j.sorted(), want)
 	}
 	disk.loses(nil)
-	time.Sleep(restFor)
+	time.Sleep(diskRest)
 	readAll()
 	mustHave(t, b, s, chunks(0, 8))
 	if want := []request{{0, 8 * cs}, {2 * cs, 3 * cs}, {2 * cs, 3 * cs}}; !slices.Equal(s.asked(), want) {
