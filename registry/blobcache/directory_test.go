@@ -156,8 +156,9 @@ func TestEvictBesideReaders(t *testing.T) {
 func TestReadMeanwhileStays(t *testing.T) {
 	stage(t, func(t *testing.T) {
 		const region = regionSize / cs // chunks
+		const slow = lookEvery / 10    // all of it goes before the disk is looked at, which waits for a mutex, and so would the clock
 		c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
-		c.wrap = func(f chunkFile, _ layout) chunkFile { return slowDisk{f, time.Second} }
+		c.wrap = func(f chunkFile, _ layout) chunkFile { return slowDisk{f, slow} }
 		s := newServer(3 * regionSize)
 		b := openBlob(t, c, s)
 		for r := range int64(3) {
@@ -171,7 +172,7 @@ func TestReadMeanwhileStays(t *testing.T) {
 			defer close(done)
 			evictAll(t, c, 2*cs)
 		}()
-		time.Sleep(time.Second / 2) // the first is being evicted
+		time.Sleep(slow / 2) // the first is being evicted
 		c.clock.Add(10)
 		if !b.ReadResident(make([]byte, 10), regionSize) {
 			t.Error("the second is not resident")
