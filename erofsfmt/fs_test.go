@@ -61,8 +61,8 @@ func (d withoutDir) ReadDir(n int) ([]fs.DirEntry, error) {
 	}
 }
 
-// shortFS are the images that TestFS looks at under -short: one of each kind.
-var shortFS = []string{"plain", "inline", "chunked", "zstd-all", "48bit-lz4-frag", "metabox-zstd", "dot-omitted"}
+// shortFS are the images that TestFS looks at under -short.
+var shortFS = []string{"inline", "48bit-lz4-frag"}
 
 // TestFS reads each file byte by byte, which takes its time.
 func TestFS(t *testing.T) {

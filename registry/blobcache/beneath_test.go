@@ -115,6 +115,10 @@ func keepOpen(t *testing.T, keep bool) {
 			t.Fatalf("%d bytes are kept, want %d, %v", kept(t, caches[1]), want, err)
 		}
 	}
+	time.Sleep(2 * houseEvery) // it notices
+	if present, _ := b.Present(0); present != keep || b.Stats().ChunksPresent != map[bool]int64{true: 3}[keep] {
+		t.Errorf("the first chunk is said to be there: %v, with %d others", present, b.Stats().ChunksPresent-1)
+	}
 	if when := b.store.used.at(3); keep && (when == 0 || when > used.UnixMicro()) {
 		t.Errorf("what nobody has read since %v counts as used at %d", used, when)
 	}

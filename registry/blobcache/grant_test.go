@@ -50,6 +50,9 @@ func TestGrantsOfMany(t *testing.T) {
 		{31, 128, false},
 		{40, 64, false},
 	} {
+		if testing.Short() && !test.atOnce {
+			continue
+		}
 		t.Run(fmt.Sprintf("%d caches, %d MiB, at once %v", test.caches, test.limit, test.atOnce), func(t *testing.T) {
 			limit := test.limit << 20
 			dir := t.TempDir()

@@ -41,7 +41,7 @@ func (c *Cache) keepHouse() {
 }
 
 // keepHouse writes down when regions were used and, where there are other processes, lets go of those that were not
-// used lately. Whether others have completed the blob it looks in any case: they may have come and gone meanwhile.
+// used lately. What others have evicted or completed it looks in any case: they may have come and gone meanwhile.
 func (s *store) keepHouse(shared bool) error {
 	s.mu.Lock()
 	err := s.remain()
@@ -56,16 +56,23 @@ func (s *store) keepHouse(shared bool) error {
 			err = errors.Join(err, s.letGo(r))
 		}
 	}
-	for b := range s.blobs {
-		if b.onComplete != nil {
-			return errors.Join(err, s.recount())
-		}
-	}
-	return err
+	return errors.Join(err, s.recount())
 }
 
-// recount looks which chunks are on disk, where others fetch and evict, too. The caller holds s.mu.
+// awaitsTheEnd says whether somebody wants to know when all of the blob is here. The caller holds s.mu.
+func (s *store) awaitsTheEnd() bool {
+	for b := range s.blobs {
+		if b.onComplete != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// recount looks which chunks are on disk, where others fetch and evict, too. What they have fetched is found when it is
+// read, unless somebody waits for the end. The caller holds s.mu.
 func (s *store) recount() error {
+	toEnd := s.awaitsTheEnd()
 	next := int64(0) // what is in front of it was looked at
 	gone := func(end int64) {
 		for c := range s.known.ones(next, end) {
@@ -74,14 +81,18 @@ func (s *store) recount() error {
 	}
 	err := s.disk.scan(func(chunk int64) {
 		gone(chunk)
-		s.learn(chunk)
+		if toEnd {
+			s.learn(chunk)
+		}
 		next = chunk + 1
 	})
 	if err != nil {
 		return err
 	}
 	gone(s.chunks)
-	s.completed()
+	if toEnd {
+		s.completed()
+	}
 	return nil
 }
 
