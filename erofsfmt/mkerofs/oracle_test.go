@@ -53,6 +53,7 @@ func TestKernelReadsImages(t *testing.T) {
 
 // Our own reader shows exactly what was added, with every block size, and finds every name.
 func TestReaderReadsImages(t *testing.T) {
+	require.Long(t, "reads many images")
 	for _, im := range images(t) {
 		t.Run(im.name, func(t *testing.T) {
 			var m memory
@@ -145,6 +146,7 @@ func (r *reading) entry(name string, ino *erofsfmt.Inode) corpus.Entry {
 // fsck.erofs, asked to read everything, has nothing to say. The version of Debian 12 knows blocks of 4 KiB only, and neither
 // long xattr prefixes nor compression but LZ4 without fragments.
 func TestFsckIsContent(t *testing.T) {
+	require.Long(t, "builds many images")
 	require.Has(t, "mkfs.erofs")
 	for _, im := range images(t) {
 		z := im.options.Compression

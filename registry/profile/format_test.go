@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/erofs-oci/erofs-oci/tests/require"
 )
 
 // TestEncode: what a file looks like, to the byte; and it is read back.
@@ -100,6 +102,7 @@ func TestParseRefuses(t *testing.T) {
 
 // TestLimits: more than a profile may have is refused on the way in and on the way out.
 func TestLimits(t *testing.T) {
+	require.Long(t, "makes the largest profiles")
 	many := strings.Repeat("[0,0,1],", maxReads)
 	if _, err := Parse([]byte(named(`{"version":1,"blobs":{"A":{"size":9,"reads":[` + many + `[0,0,1]]}}}`))); err == nil || !strings.Contains(err.Error(), "more than 1048576 reads") {
 		t.Errorf("too many reads: %v", err)
