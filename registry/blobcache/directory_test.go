@@ -3,6 +3,7 @@ package blobcache
 import (
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -156,7 +157,7 @@ func TestEvictBesideReaders(t *testing.T) {
 func TestReadMeanwhileStays(t *testing.T) {
 	stage(t, func(t *testing.T) {
 		const region = regionSize / cs // chunks
-		const slow = lookEvery / 10    // all of it goes before the disk is looked at, which waits for a mutex, and so would the clock
+		const slow = lookEvery / 10    // all of it is over before the disk is looked at: who waits for a mutex stops the clock
 		c := openCache(t, Options{ChunkSize: cs, Readahead: -1})
 		c.wrap = func(f chunkFile, _ layout) chunkFile { return slowDisk{f, slow} }
 		s := newServer(3 * regionSize)
@@ -167,6 +168,7 @@ func TestReadMeanwhileStays(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		synctest.Wait() // so do flights that have not ended
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
