@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -133,6 +134,7 @@ func keepOpen(t *testing.T, keep bool) {
 	if !keep {
 		return
 	}
+	synctest.Wait() // who looks after the house just now holds the blob, too
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
