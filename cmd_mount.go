@@ -49,6 +49,7 @@ type mountRequest struct {
 	dir         string // as RealDir returns it
 	backend     string
 	reason      string // for the backend, where it was not the user who chose
+	mayFallBack bool   // on our own reader: the user named no backend, nor what only nbd has
 	overlay     string
 	inMemory    bool // the overlay is
 	connections int
@@ -122,6 +123,7 @@ func parseMount(c *cli.Context) (m *mountRequest, err error) {
 	if m.backend != backend.NBD && (m.supervise || c.IsSet("nbd-connections")) {
 		return nil, usagef("--supervise and --nbd-connections go with --backend=nbd, not %s", m.backend)
 	}
+	m.mayFallBack = m.reason != "" && !m.supervise && !c.IsSet("nbd-connections")
 	return m, nil
 }
 
@@ -148,8 +150,7 @@ func (m *mountRequest) by(image string, layers int) backend.Backend {
 // reader, unless the user named a backend, or what only nbd has.
 func (m *mountRequest) mountVolume(ctx context.Context, src *opened, log *slog.Logger) (backend.Mount, error) {
 	mounted, err := m.mountChosen(ctx, src, log)
-	named := m.reason == "" || m.supervise || m.backend == backend.FUSE
-	if named || !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
+	if !m.mayFallBack || m.backend == backend.FUSE || !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
 		return mounted, err
 	}
 	log.Warn("the kernel does not read this image; our own reader does, as with --backend=fuse", "backend", m.backend, "err", err)

@@ -278,7 +278,9 @@ func (f *flight) takeTurn() error {
 	close(ready)
 	defer check.Stop()
 	if f.turn = f.blob.slots().fetches.Acquire(ctx, 1) == nil; f.turn {
-		s.cache.outside.enter()
+		if !f.blob.beneath { // for whom it is read has said so, or is of the background
+			s.cache.outside.enter()
+		}
 		return nil
 	}
 	return f.blob.ctx.Err()
@@ -292,7 +294,9 @@ func (f *flight) endTurn() {
 	if f.turn {
 		f.turn = false
 		f.blob.slots().fetches.Release(1)
-		f.blob.store.cache.outside.leave()
+		if !f.blob.beneath {
+			f.blob.store.cache.outside.leave()
+		}
 	}
 }
 

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Who fetches a chunk holds its lock until the chunk is here, and finds out under it whether another process has fetched it meanwhile. What
-// others hold is waited for by a flight of its own, which looks again and again: such a wait can be ended by Close, and
-// a lock whose process was killed is free for the next one who tries.
+// Who fetches a chunk holds its lock until the chunk is here, and finds out under it whether another process has fetched
+// it meanwhile. What others hold is waited for by a flight of its own, which looks again and again: such a wait can be
+// ended by Close, and a lock whose process was killed is free for the next one who tries.
 const (
 	firstPause = time.Millisecond
 	mostPause  = 20 * time.Millisecond
